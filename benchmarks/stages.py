@@ -124,7 +124,7 @@ class _Floor:
         rows = min(candidates, engine.catalog.size)
         # If the ranker does not move the order, it judges the page only, here as in the pipeline.
         judged = rows if bundle.model.blend else PAGE
-        features = np.zeros((judged, ranker_width(len(bundle.model.actions))), np.float32)
+        features = np.zeros((judged, ranker_width(len(bundle.model.actions), len(bundle.model.declared))), np.float32)
         ranked = [{"user": user, "items": columns.vectors[:judged], "features": features} for user in users]
         self.calls: dict[str, Call] = {
             "redis": lambda at: line.ask(b"GET", keys[at % len(keys)]),

@@ -18,9 +18,12 @@ from features.action_rates import DECAYS as RATE_DECAYS
 from features.action_rates import ActionRates
 from features.catalog import Catalog
 from features.catalog_columns import CatalogColumns
+from features.controls import Controls, no_controls
 from features.decay_kernels import decay_factors
 from features.decayed_counts import TICK_MS, DecayedCounts
 from features.decayed_counts import empty as no_counts
+from features.declared import NONE_DECLARED, Declared
+from features.declared_kernels import DeclaredColumns, PastArrays, PastEvents, fill_declared
 from features.event_types import NEGATIVE_EVENT_TYPES, PASSIVE_EVENT_TYPES
 from features.kernels import are_among, pack_newest
 from features.keys import event_type_key, event_type_keys
@@ -38,6 +41,7 @@ from features.ranker_kernels import (
 
 _UNCHOSEN = event_type_keys((*PASSIVE_EVENT_TYPES, *NEGATIVE_EVENT_TYPES))
 _NO_POSITIONS = np.empty(0, np.int32)
+_NO_VALUES = np.empty(0, np.float32)
 # Computed once in float64, so that training and serving read the same bits.
 _DECAYS = EventDecays(0.5 ** (np.arange(RING, dtype=np.float64) / HALF_LIFE), *RATE_DECAYS)
 
@@ -81,11 +85,39 @@ class Moment:
         now_ms: Time of the request, ms; 0 if there is none, as in data that has order only.
         surface: The surface on which the slate is shown.
         positions: The place of each candidate in its slate, which only logged slates have; int32 [n].
+        request_values: Declared features of the request and of the user, see `features.declared`; float32 [K].
+        past: How the declared features of the user's past are counted.
     """
 
     now_ms: int = 0
     surface: str = ""
     positions: npt.NDArray[np.int32] | None = None
+    request_values: npt.NDArray[np.float32] = field(default_factory=lambda: _NO_VALUES)
+    past: PastArrays = NONE_DECLARED.past
+
+
+def moment_at(
+    declared: Declared,
+    now_ms: int = 0,
+    surface: str = "",
+    context: Mapping[str, Any] | None = None,
+    controls: Controls | None = None,
+) -> Moment:
+    """Returns the moment of a request for a model with declared features.
+
+    Args:
+        declared: The declared features of the model.
+        now_ms: Time of the request, ms; 0 if there is none.
+        surface: Its surface.
+        context: What the caller tells about it, see `features.declared.Declared.request_values`.
+        controls: The user's controls, which hold their attributes; None for none.
+    """
+    if not declared.features:
+        return Moment(now_ms, surface)
+    values = declared.request_values(now_ms, surface, context)
+    if controls is not None or declared.of_part("user"):
+        values = np.concatenate([values, declared.user_values(no_controls() if controls is None else controls)])
+    return Moment(now_ms, surface, request_values=values, past=declared.past)
 
 
 def history(profile: Profile, catalog: Catalog, type_index: Mapping[int, int]) -> History:
@@ -272,11 +304,12 @@ def ranker_features(
         moment: When and where.
 
     Returns:
-        float32 [n, ranker_width(actions)]; a candidate's row never depends on the other candidates.
+        float32 [n, F], F as `ranker_names`; a candidate's row never depends on the other candidates.
     """
     decayed = past.decayed_counts
     factors = decay_factors(moment.now_ms, decayed.newest, TICK_MS)
-    return fill_ranker_features(
+    more = columns.declared.shape[1] + moment.request_values.size + moment.past.same.size
+    out = fill_ranker_features(
         CandidateArrays(rows, relevance, _NO_POSITIONS if moment.positions is None else moment.positions),
         EventArrays(
             past.rows, past.types, past.categories, past.creators, past.timestamps, past.values, past.chosen, past.kinds
@@ -286,7 +319,20 @@ def ranker_features(
         _item_arrays(columns),
         ActionArrays(actions.shown, actions.acted, actions.least, actions.base, actions.surface(moment.surface)),
         moment.now_ms,
+        more,
     )
+    if more:
+        fill_declared(
+            out,
+            out.shape[1] - more,
+            rows,
+            DeclaredColumns(columns.declared, columns.category, columns.creator),
+            moment.request_values,
+            moment.past,
+            PastEvents(past.rows, past.types, past.categories, past.creators, past.timestamps),
+            moment.now_ms,
+        )
+    return out
 
 
 def _item_arrays(columns: CatalogColumns) -> ItemArrays:

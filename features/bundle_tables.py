@@ -21,6 +21,8 @@ _LEARNED: dict[str, pa.DataType] = {
     "recent_popularity": pa.float32(),
     "trained": pa.bool_(),
 }
+_LISTS = {"statistics": "statistics", "declared": "declared features"}
+"""Columns of lists of numbers, and what an item without one lacks."""
 _POPULAR: dict[str, pa.DataType] = {"segment": pa.string(), "row": pa.int32(), "score": pa.float32()}
 
 
@@ -41,13 +43,15 @@ def read_items(bundle: Bundle, content: memoryview | None = None) -> pa.Table:
         BundleError: The file is malformed, an item has no id, or a number is not finite.
     """
     table = bundle.table("items.arrow", item_types(bundle), frozenset({"item_id", *_LEARNED}), content)
-    for name in ("popularity", "recent_popularity", "price", "statistics"):
+    if bundle.model.declared.item_width and "declared" not in table.column_names:
+        raise bundle.malformed("items.arrow", "has no column declared, which the declared features fill")
+    for name in ("popularity", "recent_popularity", "price", *_LISTS):
         if name in table.column_names:
             column = table.column(name)
             # A NULL list would shift the numbers of all later items when the lists are laid end to end.
-            if name == "statistics" and column.null_count:
-                raise bundle.malformed("items.arrow", "an item has no statistics")
-            values = pc.list_flatten(column) if name == "statistics" else column
+            if name in _LISTS and column.null_count:
+                raise bundle.malformed("items.arrow", f"an item has no {_LISTS[name]}")
+            values = pc.list_flatten(column) if name in _LISTS else column
             if pc.any(pc.invert(pc.is_finite(values))).as_py():
                 raise bundle.malformed("items.arrow", f"the column {name} holds NaN or infinity")
     return table
@@ -56,8 +60,10 @@ def read_items(bundle: Bundle, content: memoryview | None = None) -> pa.Table:
 def item_types(bundle: Bundle) -> dict[str, pa.DataType]:
     """Returns the columns that the items of a bundle may have, and their types."""
     width = statistics_width(len(bundle.model.actions))
-    statistics: dict[str, pa.DataType] = {"statistics": pa.list_(pa.float32(), width)}
-    return {field.name: field.type for field in ITEMS} | _LEARNED | statistics
+    lists: dict[str, pa.DataType] = {"statistics": pa.list_(pa.float32(), width)}
+    if of_items := bundle.model.declared.item_width:
+        lists["declared"] = pa.list_(pa.float32(), of_items)
+    return {field.name: field.type for field in ITEMS} | _LEARNED | lists
 
 
 def read_vocabulary(bundle: Bundle, items: pa.Table) -> Vocabulary:

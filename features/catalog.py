@@ -25,9 +25,11 @@ from features.catalog_columns import (
     set_available,
     window,
 )
+from features.declared import NONE_DECLARED, Declared
 from features.eligibility import EligibleRows, Moments, moments_of
 from features.item_prior import Firsts, ItemPrior, firsts_of
 from features.keys import item_key, item_keys
+from features.tables.schema import ITEMS
 from features.vocabulary import Vocabulary
 
 _FIELDS = ("title", "description", "categories", "creator_id", "price", "parent_id", "attributes")
@@ -78,6 +80,7 @@ class Catalog:
         vocabulary: Vocabulary,
         vectors: npt.NDArray[np.float32],
         tables: CatalogTables | None = None,
+        declared: Declared = NONE_DECLARED,
     ) -> None:
         """Takes the items of a bundle.
 
@@ -87,6 +90,7 @@ class Catalog:
             vocabulary: Their ids, in the same order.
             vectors: Their vectors; float32 [N, D].
             tables: What was computed of them before; by default it is computed here.
+            declared: The declared features, by which live items get theirs.
 
         Raises:
             ValueError: The three do not have the same length.
@@ -100,6 +104,7 @@ class Catalog:
         self._live_rows: dict[int, int] = {}
         self._live_ids: list[str] = []
         self._lock = threading.Lock()
+        self._declared = declared
         self.puts = 0
         if tables is None:
             tables = CatalogTables.of(columns_of(items, vectors), items.num_rows)
@@ -296,6 +301,8 @@ class Catalog:
             columns.put_at[row] = now_ms
             columns.statistics[row] = self._prior.statistics(*group_keys(item))
         fill(columns, row, item)
+        if self._declared.item_width:
+            columns.declared[row] = self._declared.item_values(_as_table(item))[0]
         self._live[row] = {"item_id": item["item_id"], **{name: item.get(name) for name in _FIELDS}}
         if new:
             self._live_ids.append(item["item_id"])
@@ -304,3 +311,12 @@ class Catalog:
             self._live_rows[key] = row
         self._eligible.changed(columns, row, self.size)
         return row
+
+
+def _as_table(item: Mapping[str, Any]) -> pa.Table:
+    """Returns an item as a canonical table of one row."""
+    named = {
+        name: dict(item[name]) if name == "attributes" and item.get(name) else item.get(name) for name in ITEMS.names
+    }
+    named = {name: list(value.items()) if isinstance(value, dict) else value for name, value in named.items()}
+    return pa.Table.from_pylist([named], ITEMS)

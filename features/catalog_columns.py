@@ -34,6 +34,7 @@ class CatalogColumns:
         duration: Playing time, seconds, NaN if unknown; from the attribute `duration`; float32.
         statistics: Rates of actions on impressions of the item, its creator and its category, see
             `features.action_rates`; float32 [capacity, S], S = 0 if no impressions were logged.
+        declared: Declared features of the item, see `features.declared`; float32 [capacity, K], K = 0 without any.
         put_at: Time at which a live item was put, ms; 0 for the rows of the bundle; int64.
     """
 
@@ -49,6 +50,7 @@ class CatalogColumns:
     trained: npt.NDArray[np.bool_]
     duration: npt.NDArray[np.float32]
     statistics: npt.NDArray[np.float32]
+    declared: npt.NDArray[np.float32]
     put_at: npt.NDArray[np.int64]
 
     @property
@@ -75,7 +77,8 @@ def facts_of(items: pa.Table) -> dict[str, npt.NDArray[Any]]:
         "recent_popularity": _values(items, "recent_popularity", np.float32, 0.0),
         "trained": _values(items, "trained", np.bool_, True),
         "duration": _durations(items),
-        "statistics": _statistics(items),
+        "statistics": _lists(items, "statistics"),
+        "declared": _lists(items, "declared"),
         "put_at": np.zeros(items.num_rows, np.int64),
     }
 
@@ -120,7 +123,7 @@ def _first(items: pa.Table, name: str) -> pa.ChunkedArray[Any]:
     return pa.chunked_array(parts, pa.string())
 
 
-def _encoded(texts: pa.ChunkedArray[Any]) -> tuple[list[str], npt.NDArray[np.int64]]:
+def encoded_texts(texts: pa.ChunkedArray[Any]) -> tuple[list[str], npt.NDArray[np.int64]]:
     """Returns the distinct texts of a column, and the place of each row's text among them, -1 for NULL; int64 [n]."""
     encoded: Any = texts.dictionary_encode().unify_dictionaries()
     if not encoded.num_chunks:
@@ -132,21 +135,22 @@ def _encoded(texts: pa.ChunkedArray[Any]) -> tuple[list[str], npt.NDArray[np.int
 
 def _keys_of(texts: pa.ChunkedArray[Any]) -> npt.NDArray[np.uint64]:
     """Returns the key of each text, 0 for none; uint64 [n]. Each distinct text is hashed once."""
-    names, places = _encoded(texts)
+    names, places = encoded_texts(texts)
     return np.append(item_keys(names), np.uint64(0))[places]
 
 
 def _durations(items: pa.Table) -> npt.NDArray[np.float32]:
     if "attributes" not in items.column_names:
         return np.full(items.num_rows, np.nan, np.float32)
-    names, places = _encoded(pc.map_lookup(items.column("attributes"), "duration", "last"))
+    names, places = encoded_texts(pc.map_lookup(items.column("attributes"), "duration", "last"))
     return np.append(np.array([seconds_of(name) for name in names], np.float32), np.float32(np.nan))[places]
 
 
-def _statistics(items: pa.Table) -> npt.NDArray[np.float32]:
-    if "statistics" not in items.column_names:
+def _lists(items: pa.Table, name: str) -> npt.NDArray[np.float32]:
+    """Returns a column of lists of one length; float32 [n, length], length 0 if it is missing."""
+    if name not in items.column_names:
         return np.zeros((items.num_rows, 0), np.float32)
-    column: Any = items.column("statistics").combine_chunks()
+    column: Any = items.column(name).combine_chunks()
     return np.array(column.flatten().to_numpy(), np.float32).reshape(items.num_rows, column.type.list_size)
 
 

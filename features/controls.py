@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import enum
+import math
 import zlib
 from collections.abc import Iterable, Mapping
 
@@ -10,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from features.errors import ProfileCorrupt
+from features.keys import item_key
+from features.numbers import number_of
 
 MAX_CONTROLS = 1000
 """Controls, dials among them, that one user may have."""
@@ -25,6 +29,15 @@ DIAL = np.dtype([("key", "<u8"), ("value", "<f8"), ("kind", "u1")])
 
 ARM = 32
 """Kind of a control that no user sets: its key is the `arm_seed` of the user that an anonymous user was merged into."""
+
+ATTRIBUTE, ATTRIBUTE_NUMBER = 48, 49
+"""Kinds of the two controls of an attribute that a product told of its user.
+
+The key of the first is of name and text together; of the second, there if the text is a number, of the name, and the
+number stands where the value of a dial does."""
+
+MAX_ATTRIBUTES = 64
+"""Attributes that one user may have, next to `MAX_CONTROLS`."""
 
 Controls = npt.NDArray[np.void]
 """CONTROL [n]."""
@@ -81,6 +94,38 @@ def dials(controls: Controls) -> Dials:
 def dial_controls(values: Iterable[tuple[Dial, int, float]]) -> Controls:
     """Returns dials, each with the key of its creator or category and its value, as controls; CONTROL [n]."""
     return np.array([(key, value, dial) for dial, key, value in values], DIAL).view(CONTROL)
+
+
+def attribute_controls(attributes: Mapping[str, str]) -> Controls:
+    """Returns attributes of a user as controls; CONTROL [n]."""
+    texts = [(attribute_key(name, text), 0, ATTRIBUTE) for name, text in attributes.items()]
+    numbers = [(item_key(name), number_of(text), ATTRIBUTE_NUMBER) for name, text in attributes.items()]
+    known = [number for number in numbers if not math.isnan(number[1])]
+    return np.concatenate([np.array(texts, CONTROL), np.array(known, DIAL).view(CONTROL)])
+
+
+def attribute_key(name: str, text: str) -> int:
+    """Returns the key of an attribute that has a text."""
+    return item_key(f"{name}\0{text}")
+
+
+def attributes_among(controls: Controls) -> Controls:
+    """Returns the controls that are attributes; CONTROL [n]."""
+    among: Controls = controls[(controls["kind"] == ATTRIBUTE) | (controls["kind"] == ATTRIBUTE_NUMBER)]
+    return among
+
+
+def attributes_text(controls: Controls) -> str:
+    """Returns the attributes among controls as text, for the log of slates."""
+    return base64.b64encode(attributes_among(controls).tobytes()).decode()
+
+
+def attributes_of_text(text: str) -> Controls:
+    """Returns the attributes that `attributes_text` wrote; CONTROL [n]. None can be read of a text that is damaged."""
+    try:
+        return np.frombuffer(base64.b64decode(text, validate=True), CONTROL)
+    except ValueError:
+        return no_controls()
 
 
 def arm_control(seed: int) -> Controls:

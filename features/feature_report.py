@@ -14,11 +14,13 @@ import pyarrow as pa
 
 from features.action_rates import ActionRates
 from features.arrays import pc
-from features.assemble import Moment, encoder_inputs, history, ranker_features, rows_read, type_index
+from features.assemble import encoder_inputs, history, moment_at, ranker_features, rows_read, type_index
 from features.bundle import open_bundle
 from features.bundle_tables import read_items
 from features.catalog import Catalog
 from features.decayed_counts import DIMENSIONS, HORIZONS, VISIT_MS
+from features.declared import NONE_DECLARED, Declared
+from features.feature_set import Feature
 from features.model_inputs import ENCODER_FEATURES, FEATURES, RANKER_FEATURES
 from features.profile import OLDER_ITEMS_CAP, RING, empty, fold
 from features.profile_codec import FORMAT
@@ -56,20 +58,21 @@ def features(data: Path | None = None, bundle: Path | None = None) -> dict[str, 
     coverage: dict[str, float] = {}
     facts: dict[str, Any] = {}
     catalog: Catalog | None = None
+    declared = NONE_DECLARED
     if bundle is not None:
         opened = open_bundle(bundle)
-        table = read_items(opened)
+        table, declared = read_items(opened), opened.model.declared
         catalog = _catalog(table)
-        facts["fits"] = opened.manifest.feature_fingerprint == FEATURES.fingerprint()
+        facts["fits"] = opened.manifest.feature_fingerprint == declared.fingerprint()
     if data is not None:
         dataset = open_dataset(data)
         tell(dataset.intake, dataset.info.get("time_units"))
         require_few(dataset.intake, 1.0, "")
         facts |= summary(dataset.intake)
         catalog = catalog or _catalog(_counted(dataset))
-        coverage |= _of_users(dataset, catalog)
+        coverage |= _of_users(dataset, catalog, declared)
     if catalog is not None:
-        coverage |= _of_items(catalog)
+        coverage |= _of_items(catalog, declared)
     listed = [
         {
             "name": feature.name,
@@ -80,10 +83,11 @@ def features(data: Path | None = None, bundle: Path | None = None) -> dict[str, 
             "version": feature.version,
             "coverage": coverage.get(feature.name),
         }
-        for feature in FEATURES
+        for feature in (*FEATURES, *declared.as_features())
     ]
-    sets = {"features": FEATURES, "encoder": ENCODER_FEATURES, "ranker": RANKER_FEATURES}
-    prints = {name: feature_set.fingerprint() for name, feature_set in sets.items()}
+    sets = {"encoder": ENCODER_FEATURES, "ranker": RANKER_FEATURES}
+    prints = {"features": declared.fingerprint()}
+    prints |= {name: feature_set.fingerprint() for name, feature_set in sets.items()}
     return {"features": listed, "fingerprints": prints | {"state": state_fingerprint()}, **facts}
 
 
@@ -109,19 +113,19 @@ def _counted(dataset: Dataset) -> pa.Table:
     return table.append_column("trained", pa.array(counts > 0))
 
 
-def _of_items(catalog: Catalog) -> dict[str, float]:
+def _of_items(catalog: Catalog, declared: Declared) -> dict[str, float]:
     """Returns the coverage of the features of an item."""
     rows = np.arange(catalog.size, dtype=np.int32)
     no_past = history(empty(), catalog, {})
     values = ranker_features(
-        no_past, rows, np.zeros(catalog.size, np.float32), catalog.columns, _no_actions(()), Moment()
+        no_past, rows, np.zeros(catalog.size, np.float32), catalog.columns, _no_actions(()), moment_at(declared)
     )
-    shares = _shares(values)
-    covered = {f.name: shares[f.name] for f in RANKER_FEATURES if f.window == "item"}
+    shares = _shares(values, declared)
+    covered = {f.name: shares[f.name] for f in _listed(declared) if f.window == "item"}
     return covered | {"price": covered["price_known"]}
 
 
-def _of_users(dataset: Dataset, catalog: Catalog) -> dict[str, float]:
+def _of_users(dataset: Dataset, catalog: Catalog, declared: Declared) -> dict[str, float]:
     """Returns the coverage of the features of a past: of a sample of users, before their newest event, for its item."""
     events = dataset.events
     user_ids, users = codes(events["user_id"])
@@ -143,13 +147,13 @@ def _of_users(dataset: Dataset, catalog: Catalog) -> dict[str, float]:
         typed_events += int(np.count_nonzero(encoded_types))
         if rows[last] >= 0:
             now, row, relevance = (
-                Moment(int(records["timestamp"][last])),
+                moment_at(declared, int(records["timestamp"][last])),
                 rows[last : last + 1],
                 np.zeros(1, np.float32),
             )
             values.append(ranker_features(past, row, relevance, catalog.columns, actions, now))
-    shares = _shares(np.concatenate(values)) if values else {}
-    covered = {f.name: shares[f.name] for f in RANKER_FEATURES if f.window not in ("item", "request") and shares}
+    shares = _shares(np.concatenate(values), declared) if values else {}
+    covered = {f.name: shares[f.name] for f in _listed(declared) if f.window not in ("item", "request") and shares}
     every = max(past_events, 1)
     return covered | {"item_vector": encoded_events / every, "event_type": typed_events / every}
 
@@ -159,7 +163,16 @@ def _no_actions(event_types: Sequence[str]) -> ActionRates:
     return ActionRates.of({"event_types": list(event_types), "actions": []})
 
 
-def _shares(values: npt.NDArray[np.float32]) -> Mapping[str, float]:
+def _listed(declared: Declared) -> list[Feature]:
+    """Returns the features of the ranker that no action has."""
+    return [*RANKER_FEATURES, *declared.as_features()]
+
+
+def _shares(values: npt.NDArray[np.float32], declared: Declared) -> Mapping[str, float]:
     """Returns, by name, the share of the rows [n, F] in which a feature of the ranker is neither 0 nor missing."""
     covered = np.isfinite(values) & (values != 0)
-    return dict(zip(RANKER_FEATURES.names, covered.mean(axis=0).tolist(), strict=True)) if len(values) else {}
+    return (
+        dict(zip([f.name for f in _listed(declared)], covered.mean(axis=0).tolist(), strict=True))
+        if len(values)
+        else {}
+    )

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from features import strict_json
+from features.declared import Declared
 from features.errors import BundleError
 from features.linear import LinearSpec
 from features.transforms import ItemInputShapes
@@ -85,6 +86,7 @@ class ModelSpec:
         blend: Weight of the ranker's utility in the final score.
         repeats: Whether items are recommended again after an event of `seen_types`.
         linear: The linear part of relevance.
+        declared: The declared features of the ranker.
     """
 
     dim: int
@@ -99,6 +101,7 @@ class ModelSpec:
     blend: float
     repeats: bool
     linear: LinearSpec
+    declared: Declared
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> ModelSpec:
@@ -116,6 +119,7 @@ class ModelSpec:
             blend=float(values["blend"]),
             repeats=values["repeats"],
             linear=LinearSpec.of(values.get("linear")),
+            declared=Declared.of(values.get("features") or (), values["event_types"]),
         )
 
     @property
@@ -207,11 +211,15 @@ def _check_model(model: dict[str, Any], path: str) -> None:
         _MODEL,
         path,
         "model.",
-        {"base_rates": _list(_number()), "surface_rates": _mapping, "linear": _mapping},
+        {"base_rates": _list(_number()), "surface_rates": _mapping, "linear": _mapping, "features": _list(_mapping)},
     )
     # A bundle of an earlier version has none.
     if model.get("linear") is not None:
         _check(model["linear"], _LINEAR, path, "model.linear.")
+    try:
+        Declared.of(model.get("features") or (), model["event_types"])
+    except ValueError as error:
+        raise BundleError(f"{path}: model.features: {error}; publish the bundle again") from error
     for at, action in enumerate(model["actions"]):
         _check(action, _ACTION, path, f"model.actions[{at}].", {"shown_types": _list(_text)})
     count = len(model["actions"])

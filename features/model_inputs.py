@@ -74,14 +74,15 @@ The names begin with `person` because they are part of the fingerprint of publis
 FEATURES = FeatureSet((*ENCODER_FEATURES, *RANKER_FEATURES, *ACTION_FEATURES))
 
 
-def ranker_names(actions: Sequence[str]) -> tuple[str, ...]:
-    """Returns the names of the ranker's inputs in order; those of an action are `action/feature`."""
-    return (*RANKER_FEATURES.names, *(f"{action}/{name}" for name in ACTION_FEATURES.names for action in actions))
+def ranker_names(actions: Sequence[str], declared: Sequence[str] = ()) -> tuple[str, ...]:
+    """Returns the names of the ranker's inputs: those of an action are `action/feature`, the declared ones are last."""
+    of_actions = (f"{action}/{name}" for name in ACTION_FEATURES.names for action in actions)
+    return (*RANKER_FEATURES.names, *of_actions, *declared)
 
 
-def ranker_width(actions: int) -> int:
+def ranker_width(actions: int, declared: int = 0) -> int:
     """Returns the number of the ranker's inputs."""
-    return len(RANKER_FEATURES) + actions * len(ACTION_FEATURES)
+    return len(RANKER_FEATURES) + actions * len(ACTION_FEATURES) + declared
 
 
 def statistics_width(actions: int) -> int:

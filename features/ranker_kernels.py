@@ -143,8 +143,12 @@ def fill_ranker_features(
     items: ItemArrays,
     actions: ActionArrays,
     now_ms: int,
+    more: int,
 ) -> _F32:
-    """Returns the inputs of the ranker, in the order of `features.model_inputs.ranker_names`; float32 [n, F]."""
+    """Returns the inputs of the ranker in the order of `features.model_inputs.ranker_names`; float32 [n, F].
+
+    The last `more` of the columns are not filled: they are those of `features.declared_kernels`.
+    """
     weights, totals, brief = _event_weights(events, decayed, decays, actions, now_ms)
     rates = _user_rates(totals, brief, actions)
     item_keys, duration_keys = _event_keys(events, items)
@@ -155,7 +159,7 @@ def fill_ranker_features(
         _table(duration_keys, weights, totals, rates[0]),
     )
     counts = _decayed(decayed, now_ms)
-    width = _COMMON + 11 * actions.base.size
+    width = _COMMON + 11 * actions.base.size + more
     shared = _shared_values(events, decayed, actions, rates, counts[0], now_ms, width)
     out = np.empty((candidates.rows.size, width), np.float32)
     for i in range(candidates.rows.size):

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from features.action_rates import MATCH_STRENGTH, USER_STRENGTH, ActionRates, Rates
 from features.assemble import History, Moment, are_read
 from features.catalog_columns import CatalogColumns
+from features.declared_kernels import DeclaredColumns, PastEvents, fill_declared_plain
 from features.item_prior import blocks
 from features.kernels import log_odds_plain, matched_weights_plain
 from features.model_inputs import HALF_LIFE, RANKER_FEATURES, ranker_width, statistics_width
@@ -33,7 +34,8 @@ def ranker_features_plain(
 ) -> npt.NDArray[np.float32]:
     """The plain twin of `features.assemble.ranker_features`."""
     count, common = len(actions), len(RANKER_FEATURES)
-    out = np.zeros((rows.size, ranker_width(count)), np.float32)
+    more = columns.declared.shape[1] + moment.request_values.size + moment.past.same.size
+    out = np.zeros((rows.size, ranker_width(count, more)), np.float32)
     candidates, past_items = _item_keys(rows), _item_keys(past.rows)
     out[:, _COLUMN["relevance"]] = relevance
     _fill_item_features(out, columns, rows, moment.now_ms)
@@ -68,6 +70,17 @@ def ranker_features_plain(
     for number, part in enumerate(parts):
         begin = common + number * count
         out[:, begin : begin + count] = part
+    if more:
+        fill_declared_plain(
+            out,
+            ranker_width(count),
+            rows,
+            DeclaredColumns(columns.declared, columns.category, columns.creator),
+            moment.request_values,
+            moment.past,
+            PastEvents(past.rows, past.types, past.categories, past.creators, past.timestamps),
+            moment.now_ms,
+        )
     return out
 
 

@@ -221,6 +221,14 @@ class Client(ServiceCalls):
         request = profile_pb2.SetControlsRequest(subject=subject, hidden=controls, dials=dials)
         return self._call(lambda stubs: stubs.profiles.SetControls, request, timeout_s)
 
+    def set_attributes(
+        self, attributes: Mapping[str, str], user_id: str = "", *, anonymous_id: str = "", timeout_s: float = 5.0
+    ) -> profile_pb2.SetAttributesResponse:
+        """Sets the attributes of a user, in place of all that were set before; `{}` removes them."""
+        subject = common_pb2.Subject(user_id=user_id, anonymous_id=anonymous_id)
+        request = profile_pb2.SetAttributesRequest(subject=subject, attributes=attributes)
+        return self._call(lambda stubs: stubs.profiles.SetAttributes, request, timeout_s)
+
     def get_controls(
         self, user_id: str = "", *, anonymous_id: str = "", timeout_s: float = 5.0
     ) -> profile_pb2.GetControlsResponse:

@@ -18,9 +18,11 @@ import pyarrow as pa
 from onnx import TensorProto, helper, numpy_helper
 
 from features.action_rates import ActionRates
-from features.assemble import Moment, encoder_inputs, history, ranker_features, type_index
+from features.assemble import encoder_inputs, history, moment_at, ranker_features, type_index
 from features.bundle import publish
 from features.catalog import Catalog
+from features.controls import attribute_controls
+from features.declared import Declared
 from features.golden import profile_of
 from features.keys import item_keys
 from features.model_inputs import FEATURES, ranker_names
@@ -52,7 +54,22 @@ MODEL: dict[str, Any] = {
     "blend": 0.25,
     "seen_types": ["view_item", "like", "purchase"],
     "repeats": False,
+    "features": [
+        {"name": "cost", "form": "value", "of": "item.price", "log": True},
+        {"name": "kind", "form": "bucket", "of": "item.categories", "values": ["western", "space"]},
+        {"name": "handset", "form": "bucket", "of": "request.device", "values": ["phone", "tv"]},
+        {"name": "clock", "form": "cycle", "of": "request.hour", "period": 24},
+        {"name": "shelf", "form": "bucket", "of": "request.attributes.shelf", "edges": [2.0, 5.0]},
+        {"name": "plan", "form": "bucket", "of": "user.attributes.plan", "values": ["family"]},
+        {"name": "years", "form": "value", "of": "user.attributes.age"},
+        {"name": "day_likes", "form": "count", "event_types": ["like"], "same": "category", "window_hours": 24},
+        {"name": "fan", "form": "rate", "event_types": ["like"], "shown_types": ["view_item"], "same": "creator"},
+    ],
 }
+DECLARED = Declared.of(MODEL["features"], MODEL["event_types"])
+CONTEXT = {"device": "tv", "time_zone": "Asia/Kathmandu", "attributes": {"shelf": "3"}}
+ATTRIBUTES = {"plan": "family", "age": "34"}
+"""The context and the attributes of the golden request."""
 
 
 def items() -> list[dict[str, Any]]:
@@ -99,7 +116,7 @@ def publish_world(out: Path, salt: str = "") -> Path:
         "created": "2026-01-01T00:00:00Z",
         "model": MODEL,
         "configuration": {"salt": salt},
-        "feature_set": {"fingerprint": FEATURES.fingerprint(), "features": list(FEATURES.names)},
+        "feature_set": {"fingerprint": DECLARED.fingerprint(), "features": list(FEATURES.names)},
         "data_fingerprint": "world",
         "metrics": {},
         "gates": {},
@@ -124,10 +141,22 @@ def golden(catalog: Catalog) -> dict[str, Any]:
         rows, _ = encoder_inputs(past.rows, past.types, MODEL["max_length"])
         user = space[rows].mean(axis=0, dtype=np.float32)
         best, answer = _best(catalog, user)
-        relevance, moment = np.array(answer["relevance"], np.float32), Moment(now_ms, "home")
+        relevance, moment = (
+            np.array(answer["relevance"], np.float32),
+            moment_at(DECLARED, now_ms, "home", CONTEXT, attribute_controls(ATTRIBUTES)),
+        )
         features = ranker_features(past, best, relevance, catalog.columns, ActionRates.of(MODEL), moment)
         logits = features @ _judgement()[0] + _judgement()[1]
-        people.append({"events": events, "now_ms": now_ms, "surface": "home", **answer})
+        people.append(
+            {
+                "events": events,
+                "now_ms": now_ms,
+                "surface": "home",
+                "context": CONTEXT,
+                "user_attributes": ATTRIBUTES,
+                **answer,
+            }
+        )
         people[-1] |= {"features": features.tolist(), "logits": logits.tolist()}
         for genre in GENRES[: catalog.size]:
             answer = _best(catalog, direction(genre))[1]
@@ -149,6 +178,9 @@ def _tables(staging: Path) -> Catalog:
     table = table.append_column("popularity", pa.array(popularity))
     table = table.append_column("recent_popularity", pa.array(popularity))
     table = table.append_column("trained", pa.array([True] * COUNT))
+    own = DECLARED.item_values(table)
+    lists = pa.FixedSizeListArray.from_arrays(pa.array(own.reshape(-1)), own.shape[1])
+    table = table.append_column("declared", lists)
     _write(staging / "items.arrow", table)
     vocabulary = Vocabulary.build([item["item_id"] for item in world])
     vocabulary.save(staging / "vocabulary.arrow")
@@ -170,7 +202,7 @@ def _tables(staging: Path) -> Catalog:
     words = [text_tokens(item_text(item)) for item in world]
     np.save(staging / "token_offsets.npy", np.cumsum([0, *map(len, words)]).astype(np.int64))
     np.save(staging / "tokens.npy", np.concatenate(words))
-    return Catalog(table, vocabulary, space)
+    return Catalog(table, vocabulary, space, declared=DECLARED)
 
 
 def _write(path: Path, table: pa.Table) -> None:
@@ -225,7 +257,7 @@ def _models(staging: Path) -> None:
 
 def _judgement() -> tuple[np.ndarray, np.ndarray]:
     """The ranker's weights of features: weights float32 [F, 2] and bias float32 [2]."""
-    names = ranker_names([action["name"] for action in MODEL["actions"]])
+    names = ranker_names([action["name"] for action in MODEL["actions"]], DECLARED.names)
     weights = np.zeros((len(names), 2), np.float32)
     weights[names.index("category_affinity")] = (1.0, 2.0)
     return weights, np.array([-1, -2], np.float32)

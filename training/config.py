@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from features.declared import Declared
 from features.errors import SettingsError
 from features.event_types import NEGATIVE_EVENT_TYPES, PASSIVE_EVENT_TYPES
 from features.profile import RING
@@ -147,6 +148,9 @@ class TrainConfig(_Frozen):
         0, ge=0, description="Days of impressions, the last but the test, that validate the ranker; 0: the last tenth."
     )
     statistics_hours: float = Field(24.0, gt=0, description="Hours between two snapshots of item statistics.")
+    features: tuple[dict[str, Any], ...] = Field(
+        (), description="Further inputs of the ranker, each an object: see docs/training.md, Features of your own."
+    )
     candidates: int = Field(500, ge=10, description="Items of a user that the ranker scores, the most relevant.")
     neighbors: int = Field(50, ge=1, description="Similar items kept per item.")
 
@@ -162,6 +166,10 @@ class TrainConfig(_Frozen):
     def _fits(self) -> TrainConfig:
         if self.dim % self.heads:
             raise ValueError(f"heads ({self.heads}) must divide dim ({self.dim})")
+        try:
+            Declared.of(self.features)
+        except ValueError as error:
+            raise ValueError(f"features: {error}") from error
         return self
 
     def resolved_device(self) -> torch.device:

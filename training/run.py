@@ -39,6 +39,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from features.catalog_columns import CatalogColumns, columns_of
+from features.declared import Declared
 from features.errors import TrainingError
 from features.files import sync
 from features.linear import ItemWeights, LinearSpec, LinearTerm
@@ -100,9 +101,9 @@ class LoadedRun:
         neighbors: int32 `[N, K]` item-to-item, largest weight first, -1 padded.
         neighbor_scores: float32 `[N, K]`, their weights (`training.models.linear`).
         result: `result.json`: run, seconds, tokens_per_second, best_validation, parameters, blend, data,
-            data_fingerprint, feature_fingerprint, event_types, actions, action_weights, base_rates, surface_rates,
-            ranker_source, ranker, linear, seen_types, content, ordered_only, rejected, rejections, unread,
-            future_events, stage_seconds, generations, extensions, and start of one that began from another run.
+            data_fingerprint, feature_fingerprint, features, event_types, actions, action_weights, base_rates,
+            surface_rates, ranker_source, ranker, linear, seen_types, content, ordered_only, rejected, rejections,
+            unread, future_events, stage_seconds, generations, extensions, and start of one that began from another run.
         dataset: The data set that it was trained on.
     """
 
@@ -123,6 +124,11 @@ class LoadedRun:
     neighbor_scores: npt.NDArray[np.float32]
     result: dict[str, Any]
     dataset: Dataset
+
+    @property
+    def declared(self) -> Declared:
+        """The declared features of the ranker."""
+        return Declared.of(self.result.get("features") or (), self.result["event_types"])
 
     @property
     def linear(self) -> LinearTerm:
@@ -154,7 +160,7 @@ def build_modules(config: TrainConfig, items: int, event_types: int, actions: in
         query=QueryEncoder(config.token_buckets, config.dim),
         ranker=Ranker(
             config.dim,
-            ranker_width(actions),
+            ranker_width(actions, len(Declared.of(config.features))),
             config.ranker_hidden,
             actions,
             members=config.ranker_members,
@@ -256,6 +262,7 @@ def identity_of(dataset: Dataset) -> dict[str, Any]:
 def columns_of_run(run: LoadedRun) -> CatalogColumns:
     """Returns the catalogue's columns as the run's bundle will hold them."""
     tables = {name: getattr(run, name) for name in ("popularity", "recent_popularity", "trained", "statistics")}
+    tables["declared"] = run.declared.item_values(run.items)
     return dataclasses.replace(columns_of(run.items, run.item_vectors), **tables)
 
 

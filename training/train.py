@@ -17,9 +17,9 @@ import pyarrow as pa
 import torch
 
 from features.catalog_columns import CatalogColumns, columns_of
-from features.errors import TrainingError
+from features.declared import Declared
+from features.errors import SettingsError, TrainingError
 from features.linear import ItemWeights, LinearTerm
-from features.model_inputs import FEATURES
 from features.tables.dataset import Dataset
 from features.tables.intake import admit
 from features.transforms import item_inputs
@@ -30,6 +30,7 @@ from training.data.clock import report_future_events
 from training.data.generations import generations_now, split_again
 from training.data.impressions import read_examples, read_slates
 from training.data.interactions import Interactions, item_vocabulary, read_interactions
+from training.data.moments import UserMoments, user_moments
 from training.data.point_in_time import PointInTimeStatistics, StatisticsSnapshot
 from training.data.split import Split, cut_of, last_target, split
 from training.fitting.claims import claimed
@@ -78,6 +79,7 @@ class Material:
         division: Their split into training, validation and test.
         inputs: The item encoder's inputs for all items, on the training device; None if items have no content.
         actions: The actions that the ranker predicts.
+        moments: The declared features of the ranker, and the attributes of users that they read.
     """
 
     dataset: Dataset
@@ -87,6 +89,7 @@ class Material:
     division: Split
     inputs: dict[str, torch.Tensor] | None
     actions: tuple[Action, ...]
+    moments: UserMoments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +218,15 @@ def _fit(material: Material, job: _Job) -> tuple[Modules, dict[str, Any], dict[s
     begun: dict[str, Any] = (
         {"kept": []}
         if earlier is None
-        else earlier.begin(modules, material.vocabulary, material.data, material.division, material.actions, config)
+        else earlier.begin(
+            modules,
+            material.vocabulary,
+            material.data,
+            material.division,
+            material.actions,
+            config,
+            material.moments.declared,
+        )
     )
     bags = None if material.inputs is None else ItemBags.build(modules.item, material.inputs)
     clock.end("initial")
@@ -279,7 +290,16 @@ def _train_ranker(
         return snapshot.statistics, facts | {name: job.earlier.result[name] for name in _OF_RANKER}
     columns = dataclasses.replace(columns, statistics=known.statistics)
     builder = CandidateBuilder(
-        modules, table, term, material.data, columns, known.action_rates, material.actions, config, bool(training)
+        modules,
+        table,
+        term,
+        material.data,
+        columns,
+        known.action_rates,
+        material.actions,
+        config,
+        material.moments,
+        bool(training),
     )
     blend, ndcg_by_blend = fit_ranker(builder, material.division, weights)
     source = "impressions" if training else "candidates"
@@ -322,7 +342,7 @@ def _learn_from_impressions(
     examples = None
     if _reads_impressions(config) and not data.ordered_only:
         examples = read_examples(
-            job.data, material.dataset, material.vocabulary, data, material.actions, config.methods
+            job.data, material.dataset, material.vocabulary, data, material.actions, config.methods, material.moments
         )
     statistics = PointInTimeStatistics(data, columns, material.actions, examples, material.division.fit_end)
     if examples is not None and not keeps_ranker:
@@ -345,6 +365,7 @@ def read_material(
     Raises:
         TrainingError: No user has an event left to train on that could be predicted from an earlier one; or the
             weights of `earlier` do not fit the items.
+        SettingsError: A declared feature names an event type that the data set does not have.
     """
     items, vocabulary = item_vocabulary(dataset)
     data = read_interactions(dataset, vocabulary, config, folder)
@@ -368,7 +389,15 @@ def read_material(
         division=division,
         inputs=inputs,
         actions=config.actions or default_actions(data, config),
+        moments=user_moments(_declared(config, data), dataset.users, data.users),
     )
+
+
+def _declared(config: TrainConfig, data: Interactions) -> Declared:
+    try:
+        return Declared.of(config.features, data.event_types)
+    except ValueError as error:
+        raise SettingsError(f"features: {error}") from error
 
 
 def _inputs_of(items: pa.Table, config: TrainConfig, device: torch.device) -> dict[str, torch.Tensor]:
@@ -450,6 +479,7 @@ def _fit_linear(
 def _columns(material: Material, tables: dict[str, npt.NDArray[Any]]) -> CatalogColumns:
     """Returns the catalogue's columns as serving will see them."""
     counts = {name: tables[name] for name in ("popularity", "recent_popularity", "trained")}
+    counts["declared"] = material.moments.declared.item_values(material.items)
     return dataclasses.replace(columns_of(material.items, tables["item_vectors"]), **counts)
 
 
@@ -458,7 +488,8 @@ def _facts(material: Material) -> dict[str, Any]:
     data = material.data
     return {
         "data_fingerprint": material.dataset.info["fingerprint"],
-        "feature_fingerprint": FEATURES.fingerprint(),
+        "feature_fingerprint": material.moments.declared.fingerprint(),
+        "features": material.moments.declared.as_json(),
         "people": len(data.users),
         "items": data.items,
         "events": int(data.rows.size),

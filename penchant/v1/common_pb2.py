@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18penchant/v1/common.proto\x12\x0bpenchant.v1\"0\n\x07Subject\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x14\n\x0c\x61nonymous_id\x18\x02 \x01(\t\"\xcb\x01\n\x0eRequestContext\x12\x14\n\x0ctimestamp_ms\x18\x01 \x01(\x03\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x0f\n\x07\x63hannel\x18\x03 \x01(\t\x12\x0e\n\x06locale\x18\x04 \x01(\t\x12?\n\nattributes\x18\x05 \x03(\x0b\x32+.penchant.v1.RequestContext.AttributesEntry\x1a\x31\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xc5\x02\n\x05\x44ials\x12\x14\n\x07novelty\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x16\n\tdiversity\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x16\n\tfreshness\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x36\n\ncategories\x18\x04 \x03(\x0b\x32\".penchant.v1.Dials.CategoriesEntry\x12\x32\n\x08\x63reators\x18\x05 \x03(\x0b\x32 .penchant.v1.Dials.CreatorsEntry\x1a\x31\n\x0f\x43\x61tegoriesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x1a/\n\rCreatorsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\n\n\x08_noveltyB\x0c\n\n_diversityB\x0c\n\n_freshness\">\n\x0b\x44\x65gradation\x12\x1f\n\x04part\x18\x01 \x01(\x0e\x32\x11.penchant.v1.Part\x12\x0e\n\x06reason\x18\x02 \x01(\t\":\n\nExperiment\x12\x0b\n\x03\x61rm\x18\x01 \x01(\t\x12\x0f\n\x07holdout\x18\x02 \x01(\x08\x12\x0e\n\x06\x62ucket\x18\x03 \x01(\r*j\n\x04Rung\x12\x14\n\x10RUNG_UNSPECIFIED\x10\x00\x12\x10\n\x0cRUNG_POPULAR\x10\x01\x12\x10\n\x0cRUNG_SEGMENT\x10\x02\x12\x15\n\x11RUNG_ITEM_TO_ITEM\x10\x03\x12\x11\n\rRUNG_SEQUENCE\x10\x04*\xed\x01\n\x04Part\x12\x14\n\x10PART_UNSPECIFIED\x10\x00\x12\x16\n\x12PART_PROFILE_STORE\x10\x01\x12\x16\n\x12PART_PROFILE_STALE\x10\x02\x12\x18\n\x14PART_PROFILE_CORRUPT\x10\x03\x12\x15\n\x11PART_USER_ENCODER\x10\x04\x12\x0f\n\x0bPART_SOURCE\x10\x05\x12\x0f\n\x0bPART_SCORER\x10\x06\x12\x11\n\rPART_SELECTOR\x10\x07\x12\x16\n\x12PART_CATALOG_STALE\x10\x08\x12\x11\n\rPART_DEADLINE\x10\t\x12\x0e\n\nPART_DIALS\x10\nb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18penchant/v1/common.proto\x12\x0bpenchant.v1\"0\n\x07Subject\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x14\n\x0c\x61nonymous_id\x18\x02 \x01(\t\"\xde\x01\n\x0eRequestContext\x12\x14\n\x0ctimestamp_ms\x18\x01 \x01(\x03\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x0f\n\x07\x63hannel\x18\x03 \x01(\t\x12\x0e\n\x06locale\x18\x04 \x01(\t\x12?\n\nattributes\x18\x05 \x03(\x0b\x32+.penchant.v1.RequestContext.AttributesEntry\x12\x11\n\ttime_zone\x18\x06 \x01(\t\x1a\x31\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xc5\x02\n\x05\x44ials\x12\x14\n\x07novelty\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x16\n\tdiversity\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x16\n\tfreshness\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x36\n\ncategories\x18\x04 \x03(\x0b\x32\".penchant.v1.Dials.CategoriesEntry\x12\x32\n\x08\x63reators\x18\x05 \x03(\x0b\x32 .penchant.v1.Dials.CreatorsEntry\x1a\x31\n\x0f\x43\x61tegoriesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x1a/\n\rCreatorsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\n\n\x08_noveltyB\x0c\n\n_diversityB\x0c\n\n_freshness\">\n\x0b\x44\x65gradation\x12\x1f\n\x04part\x18\x01 \x01(\x0e\x32\x11.penchant.v1.Part\x12\x0e\n\x06reason\x18\x02 \x01(\t\":\n\nExperiment\x12\x0b\n\x03\x61rm\x18\x01 \x01(\t\x12\x0f\n\x07holdout\x18\x02 \x01(\x08\x12\x0e\n\x06\x62ucket\x18\x03 \x01(\r*j\n\x04Rung\x12\x14\n\x10RUNG_UNSPECIFIED\x10\x00\x12\x10\n\x0cRUNG_POPULAR\x10\x01\x12\x10\n\x0cRUNG_SEGMENT\x10\x02\x12\x15\n\x11RUNG_ITEM_TO_ITEM\x10\x03\x12\x11\n\rRUNG_SEQUENCE\x10\x04*\xed\x01\n\x04Part\x12\x14\n\x10PART_UNSPECIFIED\x10\x00\x12\x16\n\x12PART_PROFILE_STORE\x10\x01\x12\x16\n\x12PART_PROFILE_STALE\x10\x02\x12\x18\n\x14PART_PROFILE_CORRUPT\x10\x03\x12\x15\n\x11PART_USER_ENCODER\x10\x04\x12\x0f\n\x0bPART_SOURCE\x10\x05\x12\x0f\n\x0bPART_SCORER\x10\x06\x12\x11\n\rPART_SELECTOR\x10\x07\x12\x16\n\x12PART_CATALOG_STALE\x10\x08\x12\x11\n\rPART_DEADLINE\x10\t\x12\x0e\n\nPART_DIALS\x10\nb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,24 +37,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DIALS_CATEGORIESENTRY']._serialized_options = b'8\001'
   _globals['_DIALS_CREATORSENTRY']._loaded_options = None
   _globals['_DIALS_CREATORSENTRY']._serialized_options = b'8\001'
-  _globals['_RUNG']._serialized_start=749
-  _globals['_RUNG']._serialized_end=855
-  _globals['_PART']._serialized_start=858
-  _globals['_PART']._serialized_end=1095
+  _globals['_RUNG']._serialized_start=768
+  _globals['_RUNG']._serialized_end=874
+  _globals['_PART']._serialized_start=877
+  _globals['_PART']._serialized_end=1114
   _globals['_SUBJECT']._serialized_start=41
   _globals['_SUBJECT']._serialized_end=89
   _globals['_REQUESTCONTEXT']._serialized_start=92
-  _globals['_REQUESTCONTEXT']._serialized_end=295
-  _globals['_REQUESTCONTEXT_ATTRIBUTESENTRY']._serialized_start=246
-  _globals['_REQUESTCONTEXT_ATTRIBUTESENTRY']._serialized_end=295
-  _globals['_DIALS']._serialized_start=298
-  _globals['_DIALS']._serialized_end=623
-  _globals['_DIALS_CATEGORIESENTRY']._serialized_start=485
-  _globals['_DIALS_CATEGORIESENTRY']._serialized_end=534
-  _globals['_DIALS_CREATORSENTRY']._serialized_start=536
-  _globals['_DIALS_CREATORSENTRY']._serialized_end=583
-  _globals['_DEGRADATION']._serialized_start=625
-  _globals['_DEGRADATION']._serialized_end=687
-  _globals['_EXPERIMENT']._serialized_start=689
-  _globals['_EXPERIMENT']._serialized_end=747
+  _globals['_REQUESTCONTEXT']._serialized_end=314
+  _globals['_REQUESTCONTEXT_ATTRIBUTESENTRY']._serialized_start=265
+  _globals['_REQUESTCONTEXT_ATTRIBUTESENTRY']._serialized_end=314
+  _globals['_DIALS']._serialized_start=317
+  _globals['_DIALS']._serialized_end=642
+  _globals['_DIALS_CATEGORIESENTRY']._serialized_start=504
+  _globals['_DIALS_CATEGORIESENTRY']._serialized_end=553
+  _globals['_DIALS_CREATORSENTRY']._serialized_start=555
+  _globals['_DIALS_CREATORSENTRY']._serialized_end=602
+  _globals['_DEGRADATION']._serialized_start=644
+  _globals['_DEGRADATION']._serialized_end=706
+  _globals['_EXPERIMENT']._serialized_start=708
+  _globals['_EXPERIMENT']._serialized_end=766
 # @@protoc_insertion_point(module_scope)

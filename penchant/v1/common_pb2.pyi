@@ -180,6 +180,7 @@ class RequestContext(_message.Message):
     CHANNEL_FIELD_NUMBER: _builtins.int
     LOCALE_FIELD_NUMBER: _builtins.int
     ATTRIBUTES_FIELD_NUMBER: _builtins.int
+    TIME_ZONE_FIELD_NUMBER: _builtins.int
     timestamp_ms: _builtins.int
     """Time of the request by the caller's clock, in milliseconds since the epoch, UTC; 0 if it is not given. The server's
     clock decides which items are available.
@@ -190,6 +191,8 @@ class RequestContext(_message.Message):
     """Channel, as the product names it: "web", "email"."""
     locale: _builtins.str
     """BCP 47 language tag, for example "de-AT"."""
+    time_zone: _builtins.str
+    """Time zone of the user by its IANA name, for example "Europe/Vienna"; for features that read the hour or the weekday."""
     @_builtins.property
     def attributes(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Further attributes that the product wants logged with the impression; at most 64 entries."""
@@ -202,10 +205,11 @@ class RequestContext(_message.Message):
         channel: _builtins.str = ...,
         locale: _builtins.str = ...,
         attributes: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        time_zone: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attributes", b"attributes", "channel", b"channel", "device", b"device", "locale", b"locale", "timestamp_ms", b"timestamp_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attributes", b"attributes", "channel", b"channel", "device", b"device", "locale", b"locale", "time_zone", b"time_zone", "timestamp_ms", b"timestamp_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -50,6 +50,11 @@ class ProfileServiceStub(object):
                 request_serializer=penchant_dot_v1_dot_profile__pb2.SetControlsRequest.SerializeToString,
                 response_deserializer=penchant_dot_v1_dot_profile__pb2.SetControlsResponse.FromString,
                 _registered_method=True)
+        self.SetAttributes = channel.unary_unary(
+                '/penchant.v1.ProfileService/SetAttributes',
+                request_serializer=penchant_dot_v1_dot_profile__pb2.SetAttributesRequest.SerializeToString,
+                response_deserializer=penchant_dot_v1_dot_profile__pb2.SetAttributesResponse.FromString,
+                _registered_method=True)
         self.SetConsent = channel.unary_unary(
                 '/penchant.v1.ProfileService/SetConsent',
                 request_serializer=penchant_dot_v1_dot_profile__pb2.SetConsentRequest.SerializeToString,
@@ -107,6 +112,13 @@ class ProfileServiceServicer(object):
 
     def SetControls(self, request, context):
         """Sets a user's controls: blocks, mutes and dials. They hold from the very next slate on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetAttributes(self, request, context):
+        """Sets the attributes that the product knows of a user, in place of all earlier ones; features of a training may read them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -179,6 +191,11 @@ def add_ProfileServiceServicer_to_server(servicer, server):
                     servicer.SetControls,
                     request_deserializer=penchant_dot_v1_dot_profile__pb2.SetControlsRequest.FromString,
                     response_serializer=penchant_dot_v1_dot_profile__pb2.SetControlsResponse.SerializeToString,
+            ),
+            'SetAttributes': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetAttributes,
+                    request_deserializer=penchant_dot_v1_dot_profile__pb2.SetAttributesRequest.FromString,
+                    response_serializer=penchant_dot_v1_dot_profile__pb2.SetAttributesResponse.SerializeToString,
             ),
             'SetConsent': grpc.unary_unary_rpc_method_handler(
                     servicer.SetConsent,
@@ -298,6 +315,33 @@ class ProfileService(object):
             '/penchant.v1.ProfileService/SetControls',
             penchant_dot_v1_dot_profile__pb2.SetControlsRequest.SerializeToString,
             penchant_dot_v1_dot_profile__pb2.SetControlsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetAttributes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/penchant.v1.ProfileService/SetAttributes',
+            penchant_dot_v1_dot_profile__pb2.SetAttributesRequest.SerializeToString,
+            penchant_dot_v1_dot_profile__pb2.SetAttributesResponse.FromString,
             options,
             channel_credentials,
             insecure,

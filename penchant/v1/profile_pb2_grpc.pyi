@@ -39,6 +39,8 @@ class ProfileServiceStub:
     """Returns a user's controls: blocks, mutes and dials."""
     SetControls: _grpc.UnaryUnaryMultiCallable[_profile_pb2.SetControlsRequest, _profile_pb2.SetControlsResponse]
     """Sets a user's controls: blocks, mutes and dials. They hold from the very next slate on."""
+    SetAttributes: _grpc.UnaryUnaryMultiCallable[_profile_pb2.SetAttributesRequest, _profile_pb2.SetAttributesResponse]
+    """Sets the attributes that the product knows of a user, in place of all earlier ones; features of a training may read them."""
     SetConsent: _grpc.UnaryUnaryMultiCallable[_profile_pb2.SetConsentRequest, _profile_pb2.SetConsentResponse]
     """Sets the purposes a user's data may be used for. They hold from the next slate and the next event on."""
     ResetLearning: _grpc.UnaryUnaryMultiCallable[_profile_pb2.ResetLearningRequest, _profile_pb2.ResetLearningResponse]
@@ -67,6 +69,8 @@ class ProfileServiceAsyncStub(ProfileServiceStub):
     """Returns a user's controls: blocks, mutes and dials."""
     SetControls: _aio.UnaryUnaryMultiCallable[_profile_pb2.SetControlsRequest, _profile_pb2.SetControlsResponse]  # type: ignore[assignment]
     """Sets a user's controls: blocks, mutes and dials. They hold from the very next slate on."""
+    SetAttributes: _aio.UnaryUnaryMultiCallable[_profile_pb2.SetAttributesRequest, _profile_pb2.SetAttributesResponse]  # type: ignore[assignment]
+    """Sets the attributes that the product knows of a user, in place of all earlier ones; features of a training may read them."""
     SetConsent: _aio.UnaryUnaryMultiCallable[_profile_pb2.SetConsentRequest, _profile_pb2.SetConsentResponse]  # type: ignore[assignment]
     """Sets the purposes a user's data may be used for. They hold from the next slate and the next event on."""
     ResetLearning: _aio.UnaryUnaryMultiCallable[_profile_pb2.ResetLearningRequest, _profile_pb2.ResetLearningResponse]  # type: ignore[assignment]
@@ -110,6 +114,14 @@ class ProfileServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_profile_pb2.SetControlsResponse, _abc.Awaitable[_profile_pb2.SetControlsResponse]]:
         """Sets a user's controls: blocks, mutes and dials. They hold from the very next slate on."""
+
+    @_abc_1.abstractmethod
+    def SetAttributes(
+        self,
+        request: _profile_pb2.SetAttributesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_profile_pb2.SetAttributesResponse, _abc.Awaitable[_profile_pb2.SetAttributesResponse]]:
+        """Sets the attributes that the product knows of a user, in place of all earlier ones; features of a training may read them."""
 
     @_abc_1.abstractmethod
     def SetConsent(

@@ -10,9 +10,10 @@ import numpy.typing as npt
 
 from features import strict_json
 from features.action_rates import ActionRates
-from features.assemble import Moment, chosen_rows, encoder_inputs, history, ranker_features, rows_read
+from features.assemble import chosen_rows, encoder_inputs, history, moment_at, ranker_features, rows_read
 from features.bundle import Bundle
 from features.catalog import Catalog
+from features.controls import attribute_controls
 from features.errors import BundleError
 from features.golden import largest_difference, profile_of
 from features.keys import event_type_key
@@ -49,6 +50,7 @@ class _Replay:
         self._bundle, self._model, self._index, self._catalog = bundle, model, index, catalog
         self._types = {event_type_key(name): 1 + at for at, name in enumerate(bundle.model.event_types)}
         self._shapes, self._rates = bundle.model.shapes, ActionRates.of_model(bundle.model)
+        self._declared = bundle.model.declared
         self._retrieved = self._expected = 0
 
     def run(self) -> None:
@@ -82,7 +84,9 @@ class _Replay:
         # A bundle of an earlier version has none.
         if (sums := golden.get("linear")) is not None:
             self._require_close(f"{name}.linear", self._linear.scores(chosen_rows(past)).of(best), sums)
-        moment = Moment(golden["now_ms"], golden["surface"])
+        # A bundle of an earlier version has no context and no attributes.
+        controls = attribute_controls(golden.get("user_attributes") or {})
+        moment = moment_at(self._declared, golden["now_ms"], golden["surface"], golden.get("context"), controls)
         relevance = np.array(golden["relevance"], np.float32)
         features = ranker_features(past, best, relevance, columns, self._rates, moment)
         self._require_close(f"{name}.features", features, golden["features"])

@@ -67,10 +67,11 @@ class Model:
         self._path, self._announce = bundle.path, announce
         self.dim, self.max_length = bundle.model.dim, bundle.model.max_length
         self.actions = len(bundle.model.actions)
+        self.features = ranker_width(self.actions, len(bundle.model.declared))
         self._providers = _providers(device)
         self.device = "cuda" if len(self._providers) > 1 else "cpu"
         self._insists = device == "cuda"
-        dim, features = self.dim, ranker_width(self.actions)
+        dim, features = self.dim, self.features
         sequence: _Shapes = {"vectors": [None, None, dim], "types": [None, None], "lengths": [None]}
         words: _Shapes = {"tokens": [None, None]}
         content: _Shapes = {**words, "categories": [None, None], "creators": [None], "prices": [None]}
@@ -128,7 +129,7 @@ class Model:
     def _probe_ranker(self) -> None:
         user = np.zeros(self.dim, np.float32)
         for count in (1, 2):
-            items, features = (np.zeros((count, width), np.float32) for width in (self.dim, ranker_width(self.actions)))
+            items, features = (np.zeros((count, width), np.float32) for width in (self.dim, self.features))
             _require(self.rank(user, items, features), count, self.actions)
 
     def encode_user(self, vectors: _F32, types: _I64) -> _F32:
@@ -231,7 +232,7 @@ class Model:
             self.encode_items({name: values[:count] for name, values in items.items()})
         self.encode_query(items["tokens"][:1])
         for count in {1, candidates}:
-            features = np.zeros((count, ranker_width(self.actions)), np.float32)
+            features = np.zeros((count, self.features), np.float32)
             self.rank(user, np.zeros((count, self.dim), np.float32), features)
 
     def _load(self, bundle: Bundle, name: str, inputs: _Shapes, output: list[int | None]) -> Any:

@@ -194,7 +194,7 @@ def _opened(bundle: Bundle, arrays: SharedArrays) -> BundleTables:
     retired = np.zeros(count, np.int32)
     postings = Postings(tokens, offsets, rows, impacts, np.zeros(0, np.int32), retired)
     return BundleTables(
-        Catalog(items, vocabulary, columns.vectors[:count], tables),
+        Catalog(items, vocabulary, columns.vectors[:count], tables, bundle.model.declared),
         LexicalIndex.of(postings, float(arrays.facts["average"])),
         NeighborTable(ItemWeights(*(arrays.writable(f"neighbors.{name}") for name in ItemWeights._fields))),
         read("index.faiss"),

@@ -13,7 +13,6 @@ from features.bundle import TABLES, Bundle, open_bundle
 from features.catalog import Catalog
 from features.errors import BundleError
 from features.keys import event_type_key
-from features.model_inputs import FEATURES
 from features.transforms import ItemInputShapes, item_text, text_tokens
 from serving.bundle.bitmap import clear_keys, clear_rows, first_allowed
 from serving.bundle.golden import replay
@@ -90,7 +89,7 @@ def open_engine(
     """
     config, bundle = dependencies.config, open_bundle(path, bundle_id, TABLES)
     fingerprint = bundle.manifest.feature_fingerprint
-    if fingerprint != FEATURES.fingerprint():
+    if fingerprint != bundle.model.declared.fingerprint():
         raise BundleError(f"{path}: made for other features ({fingerprint[:12]}); export the run with this version")
     spec = bundle.model
     with bounded_memory(bundle, config.device):

@@ -210,6 +210,7 @@ class PipelineBuilder:
     ) -> Pipeline:
         """Returns a pipeline with the stages that every method has."""
         catalog, sink = self._catalog, self._dependencies.impressions
+        origin = self._bundle.bundle_id, self._bundle.manifest.feature_fingerprint
         return Pipeline(
             hydrators=hydrators,
             tiers=tiers,
@@ -221,7 +222,7 @@ class PipelineBuilder:
             adjusters=[DialAdjuster(catalog)],
             selector=TopKSelector(catalog, keep_order=keep_order),
             explainers=[SlateExplainer(catalog)],
-            side_effects=[ImpressionSideEffect(sink, catalog, self._bundle.bundle_id)] if sink else [],
+            side_effects=[ImpressionSideEffect(sink, catalog, *origin)] if sink else [],
             recorder=self._dependencies.telemetry,
         )
 
@@ -229,7 +230,8 @@ class PipelineBuilder:
 def personal_ranker(bundle: Bundle, model: Model, catalog: Catalog, logged: float = 0.0) -> PersonalRanker:
     """Returns the ranker of a bundle; `logged` is the share of requests whose features are kept for the log."""
     spec = bundle.model
-    return PersonalRanker(model, catalog, ActionRates.of_model(spec), spec.action_weights, spec.blend, logged)
+    rates, weights = ActionRates.of_model(spec), spec.action_weights
+    return PersonalRanker(model, catalog, rates, weights, spec.blend, logged, spec.declared)
 
 
 def candidate_count(bundle: Bundle, config: ServeConfig) -> int:

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from features.assemble import encoder_digest, history, type_index
 from features.bundle import Bundle, open_bundle
 from features.catalog import Catalog
+from features.controls import attributes_of_text
 from features.keys import item_keys
 from features.linear import ItemWeights, LinearTerm
 from features.model_inputs import ranker_names
@@ -35,7 +36,8 @@ ALLOWED = 0.01
 """Share of slates that may differ: events that a user has undone or erased since are not in the warehouse any more."""
 
 _COLUMNS = ["request_id", "user_id", "timestamp", "item_ids", "surface", "bundle_id", "profile_version"]
-_COLUMNS += ["catalog_version", "features", "encoder_digest"]
+_CONTEXT = ["device", "channel", "locale", "time_zone", "attributes"]
+_COLUMNS += ["catalog_version", "features", "encoder_digest", "user_attributes", *_CONTEXT]
 _NEAR = 1e-5
 
 
@@ -48,7 +50,7 @@ class FeatureReplay:
         self._catalog, self._types = catalog, type_index(bundle.model.event_types)
         self._user_vector = UserVectorHydrator(model, catalog, linear)
         self._ranker = personal_ranker(bundle, model, catalog)
-        self.names = ranker_names(bundle.model.action_names)
+        self.names = ranker_names(bundle.model.action_names, bundle.model.declared.names)
 
     def differing(self, slate: Mapping[str, Any], profile: Profile) -> list[str]:
         """Returns the inputs that are not those that were served; empty where all are, bit for bit.
@@ -66,8 +68,10 @@ class FeatureReplay:
             deadline=math.inf,
             page_size=1,
             surface=slate["surface"] or "",
+            context={name: slate[name] for name in _CONTEXT if slate.get(name)},
         )
-        user = UserState(profile=profile, history=history(profile, self._catalog, self._types))
+        past = history(profile, self._catalog, self._types)
+        user = UserState(profile=profile, history=past, controls=attributes_of_text(slate.get("user_attributes") or ""))
         if not self._user_vector.enable(request, user):
             return ["history"]
         user, _ = self._user_vector.hydrate(request, user)
@@ -142,5 +146,5 @@ def logged_slates(path: Path) -> list[dict[str, Any]]:
     """Returns the slates of one file of impressions that have their features."""
     with pq.ParquetFile(path) as file:
         names = [name for name in _COLUMNS if name in file.schema_arrow.names]
-        rows: list[dict[str, Any]] = file.read(columns=names).to_pylist()
+        rows: list[dict[str, Any]] = file.read(columns=names).to_pylist(maps_as_pydicts="lossy")
     return [row for row in rows if row.get("features")]

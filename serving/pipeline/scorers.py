@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from features.action_rates import ActionRates
-from features.assemble import Moment, ranker_features
+from features.assemble import moment_at, ranker_features
 from features.catalog import Catalog
+from features.declared import NONE_DECLARED, Declared
 from features.kernels import dot_rows
 from serving.bundle.model import Model
 from serving.bundle.text_index import LexicalIndex
@@ -49,9 +50,13 @@ class PersonalRanker:
         weights: Sequence[float],
         blend: float,
         logged: float = 0.0,
+        declared: Declared = NONE_DECLARED,
     ) -> None:
-        """Takes the rates of actions, the weight of each action and of their sum, and the share of logged features."""
-        self._model, self._catalog, self._rates = model, catalog, rates
+        """Takes the rates of actions, the weights of actions and of their sum, the share of logged features, and more.
+
+        The last are the declared features of the model.
+        """
+        self._model, self._catalog, self._rates, self._declared = model, catalog, rates, declared
         self._logged = round(logged * 2**32)
         self._weights, self._blend = np.array(weights, np.float64), blend
 
@@ -87,7 +92,7 @@ class PersonalRanker:
     def features(self, request: Request, user: UserState, rows: Rows, relevance: Scores) -> Scores:
         """Returns what the ranker reads of rows; float32 [n, F]."""
         assert user.history is not None
-        moment = Moment(request.now_ms, request.surface)
+        moment = moment_at(self._declared, request.now_ms, request.surface, request.context, user.controls)
         return ranker_features(user.history, rows, relevance, self._catalog.columns, self._rates, moment)
 
 

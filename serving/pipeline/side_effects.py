@@ -20,9 +20,8 @@ import numpy.typing as npt
 
 from features.assemble import encoder_digest
 from features.catalog import Catalog
-from features.controls import Dial, Dials
+from features.controls import Dial, Dials, attributes_among, attributes_text
 from features.keys import item_keys
-from features.model_inputs import FEATURES
 from serving.errors import ServingError, Unavailable
 from serving.observability.outages import EVENTS_REDIS, Outage, shared_outage
 from serving.observability.telemetry import Telemetry
@@ -61,6 +60,7 @@ class PendingSlate:
     slate: Slate
     catalog: Catalog
     bundle_id: str
+    feature_fingerprint: str
 
 
 class SlateSink(Protocol):
@@ -236,8 +236,8 @@ class ImpressionSideEffect:
 
     name = "impressions"
 
-    def __init__(self, writer: SlateSink, catalog: Catalog, bundle_id: str) -> None:
-        self._writer, self._catalog, self._bundle_id = writer, catalog, bundle_id
+    def __init__(self, writer: SlateSink, catalog: Catalog, bundle_id: str, feature_fingerprint: str) -> None:
+        self._writer, self._catalog, self._origin = writer, catalog, (bundle_id, feature_fingerprint)
 
     def enable(self, request: Request, user: UserState) -> bool:
         """Returns True if a user is named: an impression of no user teaches nothing."""
@@ -245,7 +245,7 @@ class ImpressionSideEffect:
 
     def apply(self, request: Request, slate: Slate) -> None:
         """Takes note of the slate."""
-        self._writer.put(PendingSlate(request, slate, self._catalog, self._bundle_id))
+        self._writer.put(PendingSlate(request, slate, self._catalog, *self._origin))
 
 
 def is_logged(subject: str, share: float) -> bool:
@@ -281,7 +281,7 @@ def logged_impression(pending: PendingSlate, share: float = 1.0) -> LoggedImpres
         "profile_version": user.profile.version if user.profile else 0,
         "catalog_version": user.catalog_version,
         "degraded": [part for part, _ in slate.degraded],
-        "feature_fingerprint": _fingerprint(),
+        "feature_fingerprint": pending.feature_fingerprint,
         **_sources(slate),
         **_inputs(request, slate, pending.catalog),
         **request.context,
@@ -292,15 +292,13 @@ def logged_impression(pending: PendingSlate, share: float = 1.0) -> LoggedImpres
         features = np.array(_page(slate, list(slate.features), unknown), np.float32)
         payload["features"] = encode_features(features)
         payload["encoder_digest"] = encoder_digest(item_keys(pending.catalog.ids(rows)), types)
+    # Told even if no feature reads them, for one that is declared later.
+    if attributes_among(user.controls).size:
+        payload["user_attributes"] = attributes_text(user.controls)
     if share < 1:  # the number of users whose slates this one stands for
         payload["weight"] = 1 / share
     numbers = {"scores": _score_text(slate), "propensities": _propensity_text(slate)}
     return LoggedImpression(request.subject, request.now_ms, encode_slate(payload, numbers))
-
-
-@cache
-def _fingerprint() -> str:
-    return FEATURES.fingerprint()
 
 
 def _score_text(slate: Slate) -> str:

@@ -13,7 +13,7 @@ from features import controls
 from features.controls import CONTROL, ControlKind, Dial
 from features.keys import item_key
 
-_SHARED_ARM = "ARM"
+_SHARED_ARM, _ATTRIBUTE = "ARM", "ATTRIBUTE"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +57,24 @@ class SharedArm:
     seed: int
 
 
+@dataclass(frozen=True, slots=True)
+class UserAttribute:
+    """An attribute that the product told of its user.
+
+    Attributes:
+        name: Its name.
+        text: Its value.
+    """
+
+    name: str
+    text: str
+
+
 UserControl = BlockControl | DialControl
 """A control that a user sets."""
 
-StoredControl = UserControl | SharedArm
-"""A control as it is stored: a shared arm is stored with the controls, though no user sets it."""
+StoredControl = UserControl | UserAttribute | SharedArm
+"""A control as it is stored: attributes and a shared arm are stored with the controls, though no user sets them."""
 
 
 def parse_controls(words: bytes) -> list[StoredControl]:
@@ -84,7 +97,12 @@ def to_profile(stored: Sequence[StoredControl]) -> bytes:
     ]
     # A shared arm takes the form of a control too, so that one list holds all of a user.
     arms = [controls.arm_control(control.seed) for control in stored if isinstance(control, SharedArm)]
-    return controls.encode(np.concatenate([np.array(blocks, CONTROL), controls.dial_controls(dials), *arms]))
+    attributes = controls.attribute_controls(
+        {control.name: control.text for control in stored if isinstance(control, UserAttribute)}
+    )
+    return controls.encode(
+        np.concatenate([np.array(blocks, CONTROL), controls.dial_controls(dials), attributes, *arms])
+    )
 
 
 def join_controls(user: Sequence[UserControl], anonymous: Sequence[UserControl], now_ms: int) -> list[UserControl]:
@@ -118,6 +136,8 @@ def _target(control: UserControl) -> tuple[int, str]:
 def _parse_control(kind: str, name: str, value: Any) -> StoredControl:
     if kind == _SHARED_ARM:
         return SharedArm(int(value))
+    if kind == _ATTRIBUTE:
+        return UserAttribute(name, value)
     if kind in ControlKind.__members__:
         return BlockControl(ControlKind[kind], name, value)
     return DialControl(Dial[kind], name, value)
@@ -126,6 +146,8 @@ def _parse_control(kind: str, name: str, value: Any) -> StoredControl:
 def _to_words(control: StoredControl) -> list[Any]:
     if isinstance(control, SharedArm):
         return [_SHARED_ARM, "", control.seed]
+    if isinstance(control, UserAttribute):
+        return [_ATTRIBUTE, control.name, control.text]
     if isinstance(control, BlockControl):
         return [control.kind.name, control.name, control.until]
     return [control.dial.name, control.name, control.value]

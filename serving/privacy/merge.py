@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from features.clock import now_ms
-from features.controls import MAX_CONTROLS
+from features.controls import MAX_ATTRIBUTES, MAX_CONTROLS
 from features.errors import PenchantError, ProfileCorrupt
 from features.profile import EVERY_PURPOSE, Purpose
 from serving.errors import ConsentWithheld, FailedPrecondition, Unavailable
 from serving.experiments import seed_of
-from serving.privacy.controls import SharedArm, UserControl, join_controls
+from serving.privacy.controls import SharedArm, UserAttribute, UserControl, join_controls
 from serving.privacy.marks import MarkWriter
 from serving.stores.event_log import EventLog
 from serving.stores.log_codec import decode, reassigned
@@ -167,7 +167,9 @@ class IdentityMerge:
             yield from entries
 
     def _copy_controls(self) -> int:
-        """Adds the anonymous user's controls to the known user's; see `join_controls`.
+        """Adds the anonymous user's controls and attributes to the known user's; see `join_controls`.
+
+        Of two attributes of one name the known user's holds.
 
         A user who allows no personal answers gets none.
 
@@ -175,17 +177,26 @@ class IdentityMerge:
             The number of controls that had no room.
         """
         anonymous, user = self._controls(self._anonymous), self._controls(self._user)
+        known_attributes = self._attributes(self._user)
+        told = self._attributes(self._anonymous) | known_attributes
         [consent] = UserStatements(self._log).consents([self._user])
-        if not anonymous or Purpose.PERSONALISE not in consent.purposes:
+        if not (anonymous or told) or Purpose.PERSONALISE not in consent.purposes:
             return 0
         # The controls of both may be more than a user can have.
         joined = join_controls(user, anonymous, now_ms())
-        self._marks.write(self._user, controls=joined[:MAX_CONTROLS])
+        # The known user's first, whatever there is room for.
+        names = sorted(told, key=lambda name: (name not in known_attributes, name))[:MAX_ATTRIBUTES]
+        attributes = [UserAttribute(name, told[name]) for name in names]
+        self._marks.write(self._user, controls=[*joined[:MAX_CONTROLS], *attributes])
         return max(0, len(joined) - MAX_CONTROLS)
+
+    def _attributes(self, subject: str) -> dict[str, str]:
+        stored, _ = self._marks.stored_controls(subject)
+        return {control.name: control.text for control in stored if isinstance(control, UserAttribute)}
 
     def _controls(self, subject: str) -> list[UserControl]:
         stored, _ = self._marks.stored_controls(subject)
-        return [control for control in stored if not isinstance(control, SharedArm)]
+        return [control for control in stored if isinstance(control, UserControl)]
 
 
 def _profile_size(store: ProfileStore, subject: str) -> tuple[int, bool]:

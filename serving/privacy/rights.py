@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,7 @@ from features.subjects import is_anonymous, partition_of
 from serving.errors import ConfigError, ConsentWithheld, NotFound, Unavailable
 from serving.folder_identity import HOST, read_identity
 from serving.privacy.certificates import Certificate, Certificates
-from serving.privacy.controls import SharedArm, UserControl
+from serving.privacy.controls import SharedArm, StoredControl, UserAttribute, UserControl
 from serving.privacy.ledger import Erasure, Ledger, new_certificate_id
 from serving.privacy.marks import MarkWriter
 from serving.privacy.merge import IdentityMerge, MergeResult
@@ -92,8 +93,8 @@ class SubjectRights:
             EventLogUnavailable: Redis does not answer.
         """
         stored, set_at = self._marks.stored_controls(subject)
-        controls = [control for control in stored if not isinstance(control, SharedArm)]
-        # A shared arm alone was set by a merge, not by the user.
+        controls = [control for control in stored if isinstance(control, UserControl)]
+        # A shared arm or attributes alone were not set by the user.
         return controls, set_at if controls or not stored else 0
 
     def set_controls(self, subject: str, controls: Sequence[UserControl]) -> tuple[int, bool]:
@@ -108,7 +109,31 @@ class SubjectRights:
             raise ConsentWithheld(
                 "this user allows no personal answers, so their controls are not kept; set their consent first"
             )
-        return self._marks.write(subject, controls=[*controls, *self._shared_arm(subject)])
+        return self._marks.write(subject, controls=[*controls, *self._others(subject, UserControl)])
+
+    def attributes(self, subject: str) -> dict[str, str]:
+        """Reads the attributes that the product told of a user.
+
+        Raises:
+            EventLogUnavailable: Redis does not answer.
+        """
+        stored, _ = self._marks.stored_controls(subject)
+        return {control.name: control.text for control in stored if isinstance(control, UserAttribute)}
+
+    def set_attributes(self, subject: str, attributes: Mapping[str, str]) -> tuple[int, bool]:
+        """Sets all attributes of a user. Returns as `set_consent`.
+
+        Raises:
+            ConsentWithheld: The user allows no personal answers, so none of this may be kept.
+            EventLogUnavailable: Redis does not answer; a repeat is safe.
+        """
+        [consent] = self.consents([subject])
+        if attributes and Purpose.PERSONALISE not in consent.purposes:
+            raise ConsentWithheld(
+                "this user allows no personal answers, so their attributes are not kept; set their consent first"
+            )
+        told = [UserAttribute(name, text) for name, text in sorted(attributes.items())]
+        return self._marks.write(subject, controls=[*self._others(subject, UserAttribute), *told])
 
     def reset(self, subject: str) -> tuple[int, bool]:
         """Empties a user's profile: what they did until now shapes no answer any more. Returns as `set_consent`.
@@ -231,6 +256,12 @@ class SubjectRights:
             return self._store.read(subject).count
         except ProfileCorrupt:
             return 0
+
+    def _others(self, subject: str, kind: Any) -> list[StoredControl]:
+        """Returns what is stored of a user and not of a kind; a shared arm of anonymous users only."""
+        stored, _ = self._marks.stored_controls(subject)
+        kept = [control for control in stored if not isinstance(control, kind)]
+        return kept if is_anonymous(subject) else [one for one in kept if not isinstance(one, SharedArm)]
 
     def _shared_arm(self, subject: str) -> list[SharedArm]:
         """Returns the shared arm, which outlives the controls that the user sets; none for a user who shares none."""

@@ -75,9 +75,22 @@ class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
         self, request: profile_pb2.GetControlsRequest, context: grpc.ServicerContext
     ) -> profile_pb2.GetControlsResponse:
         """Shows the controls of a user."""
-        controls, version = self._rights.controls(checks.subject(request.subject, "subject"))
+        subject = checks.subject(request.subject, "subject")
+        controls, version = self._rights.controls(subject)
         hidden, dials = hidden_message(controls), dials_message(controls)
-        return profile_pb2.GetControlsResponse(hidden=hidden, dials=dials, profile_version=version)
+        attributes = self._rights.attributes(subject)
+        return profile_pb2.GetControlsResponse(
+            hidden=hidden, dials=dials, profile_version=version, attributes=attributes
+        )
+
+    def SetAttributes(
+        self, request: profile_pb2.SetAttributesRequest, context: grpc.ServicerContext
+    ) -> profile_pb2.SetAttributesResponse:
+        """Sets the attributes of a user; the very next answer reads them."""
+        subject = checks.subject(request.subject, "subject")
+        attributes = checks.attributes(request.attributes, "attributes")
+        version, applied = self._rights.set_attributes(subject, attributes)
+        return profile_pb2.SetAttributesResponse(profile_version=version, applied=applied)
 
     def SetControls(
         self, request: profile_pb2.SetControlsRequest, context: grpc.ServicerContext
@@ -199,6 +212,7 @@ class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
         controls, _ = self._rights.controls(subject)
         hidden = [MessageToDict(control) for control in hidden_message(controls)]
         yield _document("controls", hidden=hidden, dials=MessageToDict(dials_message(controls)))
+        yield _document("attributes", attributes=self._rights.attributes(subject))
         profile = MessageToDict(self._profile(subject, RING), preserving_proto_field_name=True)
         yield _document("profile", **profile)
         try:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from features.catalog import Catalog
 from features.clock import now_ms
+from features.declared import zone_of
 from features.keys import item_key
 from penchant.v1 import common_pb2, ranking_pb2, ranking_pb2_grpc
 from serving.concurrency import ConcurrencyLimit
@@ -186,6 +187,10 @@ def _context(message: common_pb2.RequestContext) -> dict[str, Any]:
         name: checks.identifier(getattr(message, name), f"options.context.{name}", required=False, limit=64)
         for name in ("device", "channel", "locale")
     }
+    zone = checks.identifier(message.time_zone, "options.context.time_zone", required=False, limit=64)
+    if zone and zone_of(zone) is None:
+        raise InvalidArgument("options.context.time_zone", f"{zone!r} is no IANA name, such as Europe/Vienna")
+    context["time_zone"] = zone
     context["asked_at"] = checks.timestamp(message.timestamp_ms, "options.context.timestamp_ms")
     context["attributes"] = checks.attributes(message.attributes, "options.context.attributes")
     return {name: value for name, value in context.items() if value}

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 import redis
 from redis.exceptions import ResponseError
 
-from features.controls import CONTROL, MAX_CONTROLS
+from features.controls import CONTROL, MAX_ATTRIBUTES, MAX_CONTROLS
 from features.decayed_counts import MAX_STATE_SIZE
 from features.errors import PenchantError, ProfileCorrupt
 from features.profile import OLDER_ITEMS_CAP, RING, empty
@@ -40,7 +40,9 @@ NEWER_PAUSE_MS = 1000
 
 T = TypeVar("T")
 _EMPTY = encode(empty())
-_LARGEST_STATE = RING * EVENT.itemsize + OLDER_ITEMS_CAP * 8 + MAX_STATE_SIZE + MAX_CONTROLS * CONTROL.itemsize + 64
+# An attribute takes up to two.
+_MOST_CONTROLS = MAX_CONTROLS + 2 * MAX_ATTRIBUTES
+_LARGEST_STATE = RING * EVENT.itemsize + OLDER_ITEMS_CAP * 8 + MAX_STATE_SIZE + _MOST_CONTROLS * CONTROL.itemsize + 64
 _LARGEST_PROFILE = HEADER_SIZE + _LARGEST_STATE + 2 * TAIL_CAP * ENTRY.itemsize
 
 

@@ -50,10 +50,6 @@ IMPRESSION_ROWS = pa.schema(
         _column("encoder_digest", pa.string()),
         # Fields of the request.
         _column("asked_at", pa.int64(), unit="ms"),
-        _column("device", pa.string()),
-        _column("channel", pa.string()),
-        _column("locale", pa.string()),
-        EVENTS.field("attributes"),
         # Origin of the slate: more fields of the request, and the sources that proposed each item.
         _column("page_size", pa.int32()),
         _column("seed_item_ids", pa.list_(pa.string())),

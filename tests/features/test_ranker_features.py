@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -19,6 +21,7 @@ from features.assemble import (
     types_of_keys,
 )
 from features.catalog_columns import CatalogColumns
+from features.declared import Declared
 from features.keys import event_type_key
 from features.model_inputs import RANKER_FEATURES
 from features.profile import RING
@@ -33,7 +36,17 @@ ACTIONS = [
 ]
 
 
-def catalog_columns(rng: np.random.Generator, actions: int, with_statistics: bool) -> CatalogColumns:
+DECLARED = [
+    {"name": f"{form}_{same}", "form": form, "event_types": ["like", "purchase"], "same": same, **more}
+    for same in ("any", "item", "category", "creator")
+    for form, more in (
+        ("count", {"window_hours": 24 * 7}),
+        ("rate", {"shown_types": ["view_item", "impression_viewed"], "prior": 3.0}),
+    )
+]
+
+
+def catalog_columns(rng: np.random.Generator, actions: int, with_statistics: bool, declared: int = 0) -> CatalogColumns:
     width = 2 + 3 * actions if with_statistics else 0
     return CatalogColumns(
         vectors=np.zeros((ITEMS, 4), np.float32),
@@ -48,6 +61,7 @@ def catalog_columns(rng: np.random.Generator, actions: int, with_statistics: boo
         trained=rng.random(ITEMS) < 0.8,
         duration=np.where(rng.random(ITEMS) < 0.3, np.nan, 10 ** (5 * rng.random(ITEMS))).astype(np.float32),
         statistics=rng.normal(size=(ITEMS, width)).astype(np.float32),
+        declared=rng.normal(size=(ITEMS, declared)).astype(np.float32),
         put_at=np.zeros(ITEMS, np.int64),
     )
 
@@ -89,19 +103,21 @@ def test_the_kernel_equals_its_plain_twin_to_the_bit(
     seed: int, actions: int, length: int, count: int, now_ms: int, slate: bool
 ) -> None:
     rng = np.random.default_rng(seed)
-    columns = catalog_columns(rng, actions, with_statistics=bool(seed % 2))
+    declared = Declared.of(DECLARED if seed % 3 else (), TYPES)
+    columns = catalog_columns(rng, actions, with_statistics=bool(seed % 2), declared=seed % 5)
     base_rates = [-2.0, -3.0][:actions]
     facts = {"event_types": TYPES, "actions": ACTIONS[:actions], "base_rates": base_rates}
     rates = ActionRates.of({**facts, "surface_rates": {"home": [0.25, -0.5][:actions]}})
     past = history_of(rng, columns, length)
     rows, relevance = rng.integers(0, ITEMS, count).astype(np.int32), rng.normal(size=count).astype(np.float32)
     positions = rng.integers(0, 50, count).astype(np.int32) if slate else None
-    moment = Moment(now_ms, "home" if seed % 3 else "elsewhere", positions)
+    values = rng.normal(size=seed % 4).astype(np.float32)
+    moment = Moment(now_ms, "home" if seed % 3 else "elsewhere", positions, values, declared.past)
 
     features = ranker_features(past, rows, relevance, columns, rates, moment)
     np.testing.assert_array_equal(features, ranker_features_plain(past, rows, relevance, columns, rates, moment))
     for at in range(0, count, 7):
-        alone = Moment(moment.now_ms, moment.surface, None if positions is None else positions[at : at + 1])
+        alone = dataclasses.replace(moment, positions=None if positions is None else positions[at : at + 1])
         one_row = ranker_features(past, rows[at : at + 1], relevance[at : at + 1], columns, rates, alone)
         np.testing.assert_array_equal(features[at], one_row[0])
 

@@ -10,10 +10,12 @@ import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from decimal import Decimal, localcontext
 from functools import cache
 from hashlib import blake2b
 from typing import Any
+from zoneinfo import ZoneInfo
 
 PASSIVE = ("view_item_list", "search")
 REFUSING = ("dislike", "hide")
@@ -178,6 +180,30 @@ def ranker(
     found["item_in_visit"] = float(item["item_id"] in here)
     found |= lasting(past, lasts, item, now_ms, types)
     found["recency"] = math.log1p(max(now_ms - past[-1].timestamp, 0) / 3_600_000) if past else 0.0
+    return found
+
+
+def declared(
+    past: Sequence[Told], item: Mapping[str, Any], now_ms: int, request: Mapping[str, Any], told: Mapping[str, str]
+) -> dict[str, float]:
+    """Returns the declared features of the small world, by column, for a user with attributes that were told."""
+    known = item["price"] is not None
+    found = {"cost": math.log1p(float(item["price"])) if known else 0.0, "cost/known": float(known)}
+    found |= {f"kind/{name}": float(item["category"] == name) for name in ("western", "space")}
+    found |= {f"handset/{name}": float(request["device"] == name) for name in ("phone", "tv")}
+    here = datetime.fromtimestamp(now_ms / 1000, ZoneInfo(request["time_zone"] or "UTC"))
+    angle = 2 * math.pi * (here.hour + here.minute / 60) / 24
+    found |= {"clock/sin": math.sin(angle), "clock/cos": math.cos(angle)}
+    shelf = {"1.5": "..2", "3": "2..5", "5": "5.."}.get(dict(request["attributes"] or {}).get("shelf", ""))
+    found |= {f"shelf/{name}": float(name == shelf) for name in ("..2", "2..5", "5..")}
+    found |= {"plan/family": float(told.get("plan") == "family")}
+    found |= {"years": float(told.get("age", 0)), "years/known": float("age" in told)}
+    likes = [event for event in past if event.kind == "like" and event.category == item["category"] != ""]
+    found["day_likes"] = math.log1p(sum(now_ms - event.timestamp <= 86_400_000 for event in likes))
+    same = [event.kind for event in past if event.creator == item["creator"] != ""]
+    liked, viewed = same.count("like"), same.count("view_item")
+    rate = (min(liked, viewed) + 20 * 0.1) / (viewed + 20)
+    found["fan"] = math.log(rate / (1 - rate)) - math.log(0.1 / 0.9) if viewed else 0.0
     return found
 
 

@@ -38,6 +38,7 @@ import features.action_rates
 import features.assemble
 import features.decay_kernels
 import features.decayed_counts
+import features.declared_kernels
 import features.kernels
 import features.profile
 import features.records
@@ -46,6 +47,7 @@ from features.bundle import open_bundle
 from features.catalog import Catalog
 from features.catalog_columns import CatalogColumns
 from features.clock import now_ms
+from features.controls import no_controls
 from features.profile import EVERY_PURPOSE, Profile, Purpose
 from features.profile_codec import encode
 from penchant.v1 import common_pb2, event_pb2
@@ -77,6 +79,12 @@ from tests.world import COUNT, MODEL, items, publish_world, vectors
 from training.config import Action
 
 PARTITIONS = 4
+_CONTEXTS: tuple[dict[str, Any], ...] = (
+    {"device": "phone", "time_zone": "America/St_Johns", "attributes": {"shelf": "5"}},
+    {},
+    {"device": "radio", "channel": "web", "attributes": {"shelf": "low", "more": "1"}},
+    {"device": "tv", "time_zone": "Pacific/Auckland", "attributes": {"shelf": "1.5"}},
+)
 KINDS = ("view_item", "like", "purchase", "hide", "view_item_list", "search", "rating of my own")
 LATE_MS = (0, 0, 0, -3_600_000, -23 * 3_600_000, 240_000, -1_200_000)
 _FEW = {"category": 2, "creator": 3, "event_type": 3}
@@ -214,7 +222,8 @@ class Served:
     size: int
     events: tuple[Told, ...]
     forgotten: int
-    known: dict[str, dict[str, str]]
+    known: dict[str, dict[str, Any]]
+    told: dict[str, str]
 
 
 class AsOf(Catalog):
@@ -413,7 +422,19 @@ class Life:
         if person in self.behind:
             return
         subject, deadline = self.subjects[person], time.monotonic() + 60
-        request = Request(uuid.uuid4().hex, subject, now_ms(), deadline, 5, surface="home")
+        told: dict[str, str] = {}
+        if self.allowed[person]:  # each slate finds other attributes than the one before
+            told = {"plan": ("family", "single")[len(self.served) % 2], "age": str(30 + len(self.served))}
+            assert self.world.people.set_attributes(subject, told)[1]
+        request = Request(
+            uuid.uuid4().hex,
+            subject,
+            now_ms(),
+            deadline,
+            5,
+            surface="home",
+            context=_CONTEXTS[len(self.served) % len(_CONTEXTS)],
+        )
         slate = self.world.engine.pipelines["recommend"].run(request)
         if slate.user.vector is None or not slate.rows.size:
             return
@@ -424,12 +445,19 @@ class Life:
             columns, **{f.name: getattr(columns, f.name).copy() for f in dataclasses.fields(columns)}
         )
         facts = {
-            name: {"item_id": name, "category": (one["categories"] or [""])[0], "creator": one["creator_id"]}
+            name: {
+                "item_id": name,
+                "category": (one["categories"] or [""])[0],
+                "creator": one["creator_id"],
+                "price": one.get("price"),
+            }
             for name, one in self.known.items()
         }
         rows = dict(zip(facts, catalog.rows(list(facts)).tolist(), strict=True))
         events = tuple(self.events[person])
-        self.served.append(Served(request.request_id, then, rows, catalog.size, events, self.forgotten[person], facts))
+        self.served.append(
+            Served(request.request_id, then, rows, catalog.size, events, self.forgotten[person], facts, told)
+        )
 
     def _undo(self, person: int, which: int) -> None:
         if not self.events[person]:
@@ -476,7 +504,7 @@ class Life:
         return found
 
     def _compare_profile(self, moment: Moment, histories: LoggedHistories | None) -> Iterator[str]:
-        profile = dataclasses.replace(moment.profile, consent=None)
+        profile = dataclasses.replace(moment.profile, consent=None, controls=no_controls())
         rooms = features.decayed_counts.DIMENSIONS
         expected = oracle.state(moment.events, features.profile.RING, features.profile.OLDER_ITEMS_CAP, rooms)
         if expected != {
@@ -530,9 +558,9 @@ class Life:
             yield "the oracle encodes another sequence"
         names = self.world.replay.names
         for item, values in zip(slate["item_ids"], slate["features"], strict=True):
-            for name, value in oracle.ranker(
-                past, lasts, served.known[item], slate["timestamp"], MODEL["event_types"]
-            ).items():
+            asked = past, served.known[item], slate["timestamp"], MODEL["event_types"]
+            told = oracle.ranker(past, lasts, *asked[1:]) | oracle.declared(*asked[:3], slate, served.told)
+            for name, value in told.items():
                 if np.float32(value) != np.float32(values[names.index(name)]):
                     yield f"the oracle says otherwise: {name}"
 
@@ -567,7 +595,7 @@ def plain_kernels() -> Iterator[None]:
             features.assemble,
             features.action_rates,
         )
-        kernels = vars(features.kernels) | vars(features.decay_kernels)
+        kernels = vars(features.kernels) | vars(features.decay_kernels) | vars(features.declared_kernels)
         for name, module in itertools.product(kernels, users):
             twin = kernels.get(f"{name}_plain")
             if twin is not None and hasattr(module, name):

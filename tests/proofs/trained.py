@@ -27,10 +27,12 @@ from features.tables.dataset import open_dataset
 from features.tables.event_reader import Events
 from features.tables.order import order_events
 from features.vocabulary import Vocabulary
+from tests.world import DECLARED
 from training.config import Action, TrainConfig
 from training.data.histories import UserHistories
 from training.data.impressions import _positions_by_version, read_examples
 from training.data.interactions import Interactions, read_interactions
+from training.data.moments import UserMoments
 from training.data.point_in_time import features_of_example
 from training.export.golden import history_differences
 
@@ -94,9 +96,11 @@ class Trained:
             actions: The actions of the bundle.
             types: The event types of the bundle, which knows fewer of them than the events have.
         """
-        shown = read_examples(self._out, self._dataset, self._vocabulary, self._data, actions)
+        shown = read_examples(
+            self._out, self._dataset, self._vocabulary, self._data, actions, moments=UserMoments(DECLARED)
+        )
         assert shown is not None
-        names = ranker_names([action.name for action in actions])
+        names = ranker_names([action.name for action in actions], DECLARED.names)
         facts = {"event_types": list(types), "actions": [action.model_dump() for action in actions]}
         action_rates = ActionRates.of(facts)
         for slate, (columns, size) in zip(slates, then, strict=True):

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from features.catalog import Catalog
 from features.clock import now_ms
+from features.model_inputs import FEATURES
 from features.tables.schema import ITEMS
 from features.vocabulary import Vocabulary
 from penchant.v1 import common_pb2, event_pb2
@@ -82,4 +83,4 @@ def slate(user: str, request_id: str, rows: Sequence[int], **fields: Any) -> Log
 
 def pending(request: Request, answer: Slate) -> PendingSlate:
     """A slate of `CATALOG` on its way to the impression log."""
-    return PendingSlate(request, answer, CATALOG, "bundle-1")
+    return PendingSlate(request, answer, CATALOG, "bundle-1", FEATURES.fingerprint())

@@ -14,9 +14,11 @@ import pytest
 
 import features.assemble
 import features.decayed_counts
+import features.declared
 import features.profile
 import training.data.histories
 from features.catalog_columns import CatalogColumns
+from features.declared_kernels import fill_declared
 from features.histories import Logged, history_keys
 from features.profile import RING
 from features.ranker_kernels import RECENCY, fill_ranker_features
@@ -121,8 +123,19 @@ _LONG = _DECAYS._replace(long=0.5 ** (np.arange(RING + 1, dtype=np.float64) / 41
 def _longer_hour(candidates: Any, events: Any, *rest: Any) -> Any:
     filled = fill_ranker_features(candidates, events, *rest)
     if events.timestamps.size:
-        filled[:, RECENCY] = np.log1p(max(rest[-1] - int(events.timestamps[-1]), 0) / 3_600_100)
+        filled[:, RECENCY] = np.log1p(max(rest[-2] - int(events.timestamps[-1]), 0) / 3_600_100)
     return filled
+
+
+def _heavier_prior(out: Any, first: int, rows: Any, items: Any, request: Any, past: Any, *rest: Any) -> None:
+    fill_declared(out, first, rows, items, request, past._replace(prior=past.prior + 1), *rest)
+
+
+_REQUEST_VALUES = features.declared.Declared.request_values
+
+
+def _an_hour_later(self: Any, now_ms: int = 0, *rest: Any) -> Any:
+    return _REQUEST_VALUES(self, now_ms + 3_600_000, *rest)
 
 
 @pytest.mark.parametrize(
@@ -139,6 +152,8 @@ def _longer_hour(candidates: Any, events: Any, *rest: Any) -> Any:
         (features.assemble, "_DECAYS", _TASTE, False),
         (features.assemble, "_DECAYS", _LONG, False),
         (features.assemble, "fill_ranker_features", _longer_hour, False),
+        (features.assemble, "fill_declared", _heavier_prior, False),
+        (features.declared.Declared, "request_values", _an_hour_later, False),
     ],
 )
 def test_one_changed_constant_offline_is_caught(there: World, module: Any, name: str, value: Any, small: bool) -> None:

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from features.action_rates import ActionRates
-from features.assemble import Moment, chosen_rows, encoder_inputs, history, ranker_features
+from features.assemble import chosen_rows, encoder_inputs, history, moment_at, ranker_features
 from features.keys import event_type_key, event_type_keys, item_keys
 from features.linear import ItemWeights, sum_weights_plain
 from features.profile import Profile, fold
@@ -59,7 +59,7 @@ def expected(engine: Engine, profile: Profile, page: int) -> list[int]:
     depth = engine.bundle.manifest.candidates or 500
     best = every[np.argsort(-relevance, kind="stable")[:depth]]
     close = (columns.vectors[best] @ user).astype(np.float32) + linear[best]
-    features = ranker_features(past, best, close, columns, ActionRates.of_model(spec), Moment(NOW))
+    features = ranker_features(past, best, close, columns, ActionRates.of_model(spec), moment_at(spec.declared, NOW))
     logits = engine.model.rank(user, columns.vectors[best], features)
     worth = (
         (1 / (1 + np.exp(-logits.astype(np.float64))) * np.array(spec.action_weights)).sum(axis=1).clip(1e-6, 1 - 1e-6)

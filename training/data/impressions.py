@@ -19,6 +19,8 @@ import pyarrow as pa
 
 from features.action_rates import ActionRates
 from features.arrays import pc
+from features.assemble import Moment, moment_at
+from features.declared import Declared, zone_of
 from features.keys import item_keys
 from features.tables.dataset import Dataset, LoadedTable, read_table
 from features.tables.files import table_path
@@ -27,8 +29,10 @@ from features.tables.schema import IMPRESSIONS, IMPRESSIONS_REQUIRED
 from features.vocabulary import Vocabulary
 from training.config import Action
 from training.data.interactions import Interactions
+from training.data.moments import NO_ATTRIBUTES, UserMoments, attributes_of_slates
 
 HOUR_MS = 3_600_000
+_SHARED = frozenset({"surfaces", "request_values", "declared"})
 NEVER = 1 << 62
 _I64 = npt.NDArray[np.int64]
 _log = logging.getLogger(__name__)
@@ -48,6 +52,9 @@ class Examples:
         surfaces: Names of the surfaces, "" if the log names none.
         action_times: When each action followed, ms; `NEVER` where it did not; int64 [n, A].
         weights: Number of examples that each stands for: above 1 if only a share of users is logged; float64.
+        slates: Number of the slate; int64.
+        request_values: The declared features of each slate's request; float32 [slates, K].
+        declared: The declared features.
     """
 
     users: _I64
@@ -59,6 +66,9 @@ class Examples:
     surfaces: list[str]
     action_times: _I64
     weights: npt.NDArray[np.float64]
+    slates: _I64
+    request_values: npt.NDArray[np.float32]
+    declared: Declared
 
     def __len__(self) -> int:
         """The number of examples."""
@@ -71,9 +81,19 @@ class Examples:
     def take(self, at: npt.NDArray[Any]) -> Examples:
         """Returns some of the examples."""
         arrays = {
-            field.name: getattr(self, field.name)[at] for field in dataclasses.fields(self) if field.name != "surfaces"
+            field.name: getattr(self, field.name)[at] for field in dataclasses.fields(self) if field.name not in _SHARED
         }
-        return Examples(surfaces=self.surfaces, **arrays)
+        return dataclasses.replace(self, **arrays)
+
+    def moment(self, at: int) -> Moment:
+        """Returns the moment of an example, as serving had it."""
+        return Moment(
+            int(self.times[at]),
+            self.surfaces[self.surface_indices[at]],
+            self.places[at : at + 1],
+            self.request_values[self.slates[at]],
+            self.declared.past,
+        )
 
     @property
     def unequal_weights(self) -> npt.NDArray[np.float64] | None:
@@ -92,6 +112,7 @@ def read_examples(
     data: Interactions,
     actions: Sequence[Action],
     methods: Sequence[str] = ("recommend", "rank"),
+    moments: UserMoments = NO_ATTRIBUTES,
 ) -> Examples | None:
     """Reads the items shown to users who have events, with the actions that followed; None without impressions.
 
@@ -106,11 +127,13 @@ def read_examples(
         data: The events as arrays, in the order of `dataset.events`.
         actions: The actions to look for.
         methods: The methods whose slates to read; a slate that names no method is read in any case.
+        moments: The declared features, and the attributes of users that they read.
     """
     slates = _read_training_slates(path, methods)
     if slates is None:
         return None
-    examples, requests = _examples(slates, vocabulary, data, len(actions), data.aligned(dataset.events["log_id"]))
+    log_ids = data.aligned(dataset.events["log_id"])
+    examples, requests = _examples(slates, vocabulary, data, len(actions), log_ids, moments)
     _find_actions(examples, requests, data.aligned(dataset.events["request_id"]), data, actions)
     return examples
 
@@ -156,7 +179,12 @@ def _is_of_methods(slates: pa.Table, methods: Sequence[str]) -> Any:
 
 
 def _examples(
-    slates: pa.Table, vocabulary: Vocabulary, data: Interactions, actions: int, log_ids: pa.ChunkedArray[Any]
+    slates: pa.Table,
+    vocabulary: Vocabulary,
+    data: Interactions,
+    actions: int,
+    log_ids: pa.ChunkedArray[Any],
+    moments: UserMoments,
 ) -> tuple[Examples, list[str]]:
     """Returns one example per item shown, without actions yet, and the request of each."""
     item_lists: Any = slates["item_ids"].combine_chunks()
@@ -166,7 +194,8 @@ def _examples(
     rows = vocabulary.rows_of_keys(item_keys(item_ids))[item_indices]
     numbers = {name: number for number, name in enumerate(data.users)}
     user_ids, user_indices = codes(slates["user_id"])
-    users = np.array([numbers.get(name, -1) for name in user_ids], np.int64)[user_indices][slate]
+    of_slate = np.array([numbers.get(name, -1) for name in user_ids], np.int64)[user_indices]
+    users = of_slate[slate]
     surfaces, surface_indices = codes(slates["surface"].fill_null(""))  # type: ignore[arg-type]
     times = slates["timestamp"].to_numpy()[slate]
     kept = np.flatnonzero((users >= 0) & (rows >= 0))
@@ -189,9 +218,32 @@ def _examples(
         surfaces=surfaces,
         action_times=np.full((kept.size, actions), NEVER),
         weights=pc.fill_null(slates["weight"], 1.0).to_numpy().astype(np.float64)[slate[kept]],
+        slates=slate[kept],
+        request_values=_request_values(slates, moments, of_slate.tolist()),
+        declared=moments.declared,
     )
     requests = slates["request_id"].to_pylist()
     return examples, [requests[at] for at in slate[kept].tolist()]
+
+
+def _request_values(slates: pa.Table, moments: UserMoments, users: Sequence[int]) -> npt.NDArray[np.float32]:
+    """Returns the declared features of the request and of the user of each slate; float32 [slates, K]."""
+    declared = moments.declared
+    if not declared.of_part("request") and not declared.of_part("user"):
+        return np.zeros((slates.num_rows, 0), np.float32)
+    attributes = attributes_of_slates(slates, moments, users)
+    names = ["timestamp", "surface", "device", "channel", "locale", "time_zone", "attributes"]
+    requests = slates.select(names).to_pylist(maps_as_pydicts="lossy")
+    zones = {zone for request in requests if (zone := request["time_zone"])}
+    if unknown := sorted(zone for zone in zones if zone_of(zone) is None):
+        _log.warning(
+            "no time zone is called %s: such slates are read in the zone of the feature", ", ".join(unknown[:5])
+        )
+    values = [
+        moment_at(declared, r["timestamp"], r["surface"] or "", r, controls).request_values
+        for r, controls in zip(requests, attributes, strict=True)
+    ]
+    return np.array(values, np.float32).reshape(len(requests), -1)
 
 
 def _positions_by_time(data: Interactions, users: _I64, times: _I64) -> _I64:

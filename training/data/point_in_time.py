@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from features.action_rates import ActionRates
-from features.assemble import Moment, chosen_rows, ranker_features
+from features.assemble import chosen_rows, ranker_features
 from features.catalog_columns import CatalogColumns
 from features.kernels import dot_rows, log_odds
 from features.linear import LinearTerm
@@ -169,7 +169,8 @@ def example_features(
         every_hours: Hours between two moments at which statistics are learned.
         last: The last such moment, ms; later examples see the statistics of that moment.
     """
-    out = np.empty((len(examples), ranker_width(len(statistics.action_rates))), np.float32)
+    width = ranker_width(len(statistics.action_rates), len(examples.declared))
+    out = np.empty((len(examples), width), np.float32)
     histories = UserHistories(statistics.data, statistics.columns)
     for part, columns, action_rates in _replay(statistics, examples, round(every_hours * HOUR_MS), last):
         for at in range(part.start, part.stop):
@@ -189,8 +190,7 @@ def features_of_example(
     """Computes the ranker's features of example `at`; `columns` and `action_rates` hold the statistics; float32 [F]."""
     row = examples.rows[at : at + 1]
     history = histories.before(int(examples.users[at]), int(examples.positions[at]))
-    surface = examples.surfaces[examples.surface_indices[at]]
-    moment = Moment(int(examples.times[at]), surface, examples.places[at : at + 1])
+    moment = examples.moment(at)
     relevance = dot_rows(columns.vectors, row, user_vector) + linear.scores(chosen_rows(history)).of(row)
     features: npt.NDArray[np.float32] = ranker_features(history, row, relevance, columns, action_rates, moment)[0]
     return features

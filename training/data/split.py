@@ -12,7 +12,6 @@ from typing import Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from features.assemble import Moment
 from features.errors import TrainingError
 from training.config import TrainConfig
 from training.data.clock import newest_of
@@ -175,11 +174,6 @@ def cut_of(data: Interactions, config: TrainConfig) -> int:
         return last - round(config.test_days * DAY_MS)
     # `1 - 0.9` is a little below 0.1, and the place of a quantile that falls on an event must not lie before it.
     return _time_of_rank(data, int((data.timestamps.size - 1) * (1 - config.test_share) + 1e-6))
-
-
-def moment_of(data: Interactions, targets: Targets, at: int) -> Moment:
-    """Returns a target's time as a request's moment; without a surface, because no candidate was shown on one."""
-    return Moment(targets.time(data, at))
 
 
 _BINS = 1 << 16

@@ -17,13 +17,14 @@ import numpy.typing as npt
 import torch
 
 from features.action_rates import ActionRates
-from features.assemble import Moment, ranker_features
+from features.assemble import ranker_features
 from features.errors import LeakError, TrainingError
 from training.data.clock import report_future_events
 from training.data.generations import division_of
 from training.data.histories import UserHistories
 from training.data.interactions import Interactions, read_interactions
-from training.data.split import Split, Targets, TestProtocol, held_out, moment_of
+from training.data.moments import user_moments
+from training.data.split import Split, Targets, TestProtocol, held_out
 from training.evaluation.file_targets import read_targets
 from training.metrics import coverage, hit, interval, mrr, ndcg, novelty
 from training.models.baselines import Baseline, EaseBaseline, Scores, build_baselines, counts_of, popularity_of
@@ -75,6 +76,7 @@ class ModelScorer:
         self.columns = columns_of_run(run)
         self.histories = UserHistories(data, self.columns)
         self.action_rates = ActionRates.of(run.result)
+        self.moments = user_moments(run.declared, run.dataset.users, data.users)
         self.sums = linear_sums(run.linear, data, targets)
         self.reads_time = run.result["ranker_source"] == "impressions"
         self.weights = torch.tensor(run.result["action_weights"])
@@ -119,7 +121,7 @@ class ModelScorer:
                 self.columns,
                 self.action_rates,
                 # A ranker that learned from candidates has seen no moment, so it gets none.
-                moment_of(self.data, targets, at) if self.reads_time else Moment(),
+                self.moments.of(int(user), targets.time(self.data, at) if self.reads_time else 0),
             )
             for at, (user, position) in enumerate(zip(targets.users, targets.positions, strict=True))
         ]

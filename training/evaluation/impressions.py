@@ -111,7 +111,13 @@ def read_test_material(runs: Sequence[LoadedRun], data: Path | None) -> tuple[Ma
     path = Path(data or first.result["data"])
     material = read_material(first.dataset, first.config, torch.device("cpu"), first.path)
     examples = read_examples(
-        path, material.dataset, material.vocabulary, material.data, material.actions, first.config.methods
+        path,
+        material.dataset,
+        material.vocabulary,
+        material.data,
+        material.actions,
+        first.config.methods,
+        material.moments,
     )
     if examples is None:
         raise TrainingError(f"{path} has no table impressions, which this protocol measures on: use another protocol")
@@ -183,7 +189,7 @@ def _batch(run: LoadedRun, data: Interactions, examples: Examples) -> RankerBatc
     columns, action_rates = columns_of_run(run), ActionRates.of(run.result)
     table = torch.from_numpy(run.item_vectors)
     users = example_users(run.user_encoder, table, data, examples, run.config)
-    features = np.empty((len(examples), ranker_width(len(action_rates))), np.float32)
+    features = np.empty((len(examples), ranker_width(len(action_rates), len(run.declared))), np.float32)
     histories = UserHistories(data, columns)
     for at in range(len(examples)):
         features[at] = features_of_example(histories, examples, at, users[at], run.linear, columns, action_rates)

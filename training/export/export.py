@@ -18,11 +18,11 @@ import pyarrow as pa
 import torch
 
 from features.action_rates import ActionRates
-from features.assemble import Moment, ranker_features
+from features.assemble import moment_at, ranker_features
 from features.bundle import open_bundle, publish
 from features.catalog import Catalog
 from features.errors import ExportError
-from features.model_inputs import ENCODER_FEATURES, FEATURES, ranker_names, ranker_width
+from features.model_inputs import ENCODER_FEATURES, ranker_names, ranker_width
 from features.transforms import (
     WORDED,
     ItemInputShapes,
@@ -108,7 +108,7 @@ def export(
     """
     loaded = load_run(run, data)
     # Features that changed since the training would give the ranker other numbers under the same names.
-    if loaded.result["feature_fingerprint"] != FEATURES.fingerprint():
+    if loaded.result["feature_fingerprint"] != loaded.declared.fingerprint():
         raise ExportError(f"{run} was trained on other features than this version has: train again")
     left_out = admit_run(loaded)
     return publish_run(loaded, Path(out), recall) | left_out
@@ -168,6 +168,9 @@ def _write_items(loaded: LoadedRun, staging: Path) -> Catalog:
     flat = pa.array(np.ascontiguousarray(loaded.statistics, np.float32).reshape(-1))
     width = loaded.statistics.shape[1]
     items = items.append_column("statistics", pa.FixedSizeListArray.from_arrays(flat, width))
+    if (declared := loaded.declared.item_values(items)).shape[1]:
+        numbers = pa.array(np.ascontiguousarray(declared).reshape(-1))
+        items = items.append_column("declared", pa.FixedSizeListArray.from_arrays(numbers, declared.shape[1]))
     with pa.OSFile(str(staging / "items.arrow"), "wb") as sink, pa.ipc.new_file(sink, items.schema) as writer:
         writer.write_table(items)
     loaded.vocabulary.save(staging / "vocabulary.arrow")
@@ -176,7 +179,7 @@ def _write_items(loaded: LoadedRun, staging: Path) -> Catalog:
     if not np.isfinite(vectors).all():
         raise ExportError(f"{loaded.path}: item vectors hold NaN or infinity; the training went wrong, train again")
     np.save(staging / "vectors.npy", vectors)
-    return Catalog(items, loaded.vocabulary, vectors)
+    return Catalog(items, loaded.vocabulary, vectors, declared=loaded.declared)
 
 
 def _golden_context(loaded: LoadedRun, catalog: Catalog) -> tuple[golden.GoldenContext, dict[str, Any]]:
@@ -190,7 +193,7 @@ def _golden_context(loaded: LoadedRun, catalog: Catalog) -> tuple[golden.GoldenC
     types, shapes = loaded.result["event_types"], input_shapes(loaded.config)
     action_rates = ActionRates.of(loaded.result)
     context = golden.GoldenContext(
-        catalog, loaded.neighbors, loaded.linear, types, loaded.config, shapes, action_rates, ask
+        catalog, loaded.neighbors, loaded.linear, types, loaded.config, shapes, action_rates, loaded.declared, ask
     )
     return context, sessions
 
@@ -265,14 +268,16 @@ def _ranker_graph(loaded: LoadedRun, context: golden.GoldenContext) -> Graph:
     users = golden.online(context, golden.make_histories(context))
     rng = np.random.default_rng(0)
     cases: list[Arrays] = []
+    moment = moment_at(loaded.declared)
     for assembled, count in zip(users, (2, 1, 20, 500), strict=False):
         rows = rng.integers(0, catalog.size, count).astype(np.int32)
         user = golden.user_vector(context, assembled)
         relevance = catalog.columns.vectors[rows] @ user
-        features = ranker_features(assembled.history, rows, relevance, catalog.columns, context.action_rates, Moment())
+        features = ranker_features(assembled.history, rows, relevance, catalog.columns, context.action_rates, moment)
         cases.append({"user": user[None], "items": catalog.columns.vectors[rows], "features": features})
     actions = len(loaded.result["actions"])
-    axes: _Axes = {"user": [1, dim], "items": ["candidates", dim], "features": ["candidates", ranker_width(actions)]}
+    width = ranker_width(actions, len(loaded.declared))
+    axes: _Axes = {"user": [1, dim], "items": ["candidates", dim], "features": ["candidates", width]}
     return Graph("ranker", loaded.ranker, "logits", axes, ["candidates", actions], cases)
 
 
@@ -346,16 +351,20 @@ def _write_tables(loaded: LoadedRun, data: Interactions, catalog: Catalog, stagi
 def _manifest(loaded: LoadedRun, gates: ExportGates, index: Mapping[str, Any]) -> dict[str, Any]:
     config, result = loaded.config, loaded.result
     # The model part is what serving reads; the others are for readers who look into a bundle.
-    names = [*ENCODER_FEATURES.names, *ranker_names([action["name"] for action in result["actions"]])]
+    names = [
+        *ENCODER_FEATURES.names,
+        *ranker_names([action["name"] for action in result["actions"]], loaded.declared.names),
+    ]
     model = {
         **{name: result[name] for name in ("event_types", "actions", "action_weights", "seen_types", "blend")},
         **{name: result[name] for name in ("base_rates", "surface_rates")},
         "linear": linear_spec(result).as_json(),
+        "features": loaded.declared.as_json(),
         **{name: getattr(config, name) for name in (*ItemInputShapes.__slots__, "dim", "max_length", "repeats")},
     }
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "feature_set": {"fingerprint": FEATURES.fingerprint(), "features": names},
+        "feature_set": {"fingerprint": loaded.declared.fingerprint(), "features": names},
         "data_fingerprint": result["data_fingerprint"],
         "configuration": config.model_dump(mode="json"),
         "metrics": {"best_validation": result["best_validation"]},

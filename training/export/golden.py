@@ -23,11 +23,14 @@ from features.assemble import (
     encoder_batch,
     encoder_inputs,
     history,
+    moment_at,
     ranker_features,
     rows_read,
 )
 from features.catalog import Catalog
+from features.controls import attribute_controls
 from features.decayed_counts import DecayedCounts
+from features.declared import Declared
 from features.golden import TOP, profile_of
 from features.histories import KEYS
 from features.kernels import dot_rows
@@ -68,6 +71,7 @@ class GoldenContext:
         config: The training's configuration.
         shapes: Shapes of the content encoders' inputs.
         action_rates: Reads the ranker's actions from events.
+        declared: The declared features of the ranker.
         ask: Runs a graph, by its name, on named inputs.
     """
 
@@ -78,6 +82,7 @@ class GoldenContext:
     config: TrainConfig
     shapes: ItemInputShapes
     action_rates: ActionRates
+    declared: Declared
     ask: Ask
 
 
@@ -185,10 +190,15 @@ def answers(context: GoldenContext, users: Sequence[Sequence[Event]]) -> dict[st
 
 
 def moment_of(context: GoldenContext) -> Moment:
-    """Returns the moment of golden requests: long after the last event, on the last surface by name."""
-    return Moment(
-        _FIRST_MOMENT + _DAY, sorted(context.action_rates.surfaces)[-1] if context.action_rates.surfaces else ""
-    )
+    """Returns the moment of golden requests: long after the last event, on a surface that makes a difference."""
+    _, told, attributes = context.declared.example()
+    controls = attribute_controls(attributes)
+    return moment_at(context.declared, _FIRST_MOMENT + _DAY, _surface_of(context), told, controls)
+
+
+def _surface_of(context: GoldenContext) -> str:
+    """Returns a surface that a declared feature tells from others, else the last that has rates, by name."""
+    return context.declared.example()[0] or max(context.action_rates.surfaces, default="")
 
 
 def user_vector(context: GoldenContext, user: Assembled) -> _F32:
@@ -238,6 +248,8 @@ def _user_request(context: GoldenContext, events: Sequence[Event], assembled: As
         "events": list(events),
         "now_ms": moment.now_ms,
         "surface": moment.surface,
+        "context": context.declared.example()[1],
+        "user_attributes": context.declared.example()[2],
         "vector": _numbers(user),
         "item_ids": context.catalog.ids(rows),
         "relevance": _numbers(relevance),

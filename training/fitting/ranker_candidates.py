@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from features.action_rates import ActionRates
-from features.assemble import Moment, ranker_features
+from features.assemble import ranker_features
 from features.catalog_columns import CatalogColumns
 from features.linear import LinearScores, LinearTerm
 from features.model_inputs import RANKER_FEATURES
 from training.config import Action, TrainConfig
 from training.data.histories import UserHistories
 from training.data.interactions import Interactions
-from training.data.split import Split, Targets, moment_of
+from training.data.moments import UserMoments
+from training.data.split import Split, Targets
 from training.metrics import ndcg
 from training.models.linear import add_sums, linear_sums
 from training.models.ranker import BLENDS, Ranker, platt, utility
@@ -97,6 +98,7 @@ class CandidateBuilder:
         action_rates: ActionRates,
         actions: tuple[Action, ...],
         config: TrainConfig,
+        moments: UserMoments,
         from_impressions: bool = False,
     ) -> None:
         """Takes the parts of a training; with `from_impressions`, impressions have trained the ranker, on times too."""
@@ -104,7 +106,7 @@ class CandidateBuilder:
         self.device_table, self.table, self.linear = table, table.cpu(), linear
         self.data, self.columns, self.actions, self.config = data, columns, actions, config
         self.histories = UserHistories(data, columns)
-        self.action_rates, self.from_impressions = action_rates, from_impressions
+        self.action_rates, self.moments, self.from_impressions = action_rates, moments, from_impressions
         # Ties by row, so that a training gives the same candidates again.
         self.popular = np.argsort(-columns.popularity, kind="stable")[:RANKER_NEGATIVES].astype(np.int32)
 
@@ -178,7 +180,8 @@ class CandidateBuilder:
         history = self.histories.before(int(targets.users[at]), int(targets.positions[at]))
         relevance = self.columns.vectors[rows[at]] @ users[at] + sums[at].of(rows[at])
         # Only a ranker that impressions trained has seen times, and so knows what they mean.
-        moment = moment_of(self.data, targets, at) if self.from_impressions else Moment()
+        now_ms = targets.time(self.data, at) if self.from_impressions else 0
+        moment = self.moments.of(int(targets.users[at]), now_ms)
         return ranker_features(history, rows[at], relevance, self.columns, self.action_rates, moment)
 
     def _labels(self, targets: Targets, width: int) -> npt.NDArray[np.float32]:

@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from features.declared import Declared
 from features.errors import LeakError
 from features.linear import LinearSpec
-from features.model_inputs import FEATURES
 from features.vocabulary import Vocabulary
 from training.config import Action, TrainConfig
 from training.data.generations import Generation
@@ -211,6 +211,7 @@ class EarlierRun:
         division: Split,
         actions: Sequence[Action],
         config: TrainConfig,
+        declared: Declared,
     ) -> dict[str, Any]:
         """Copies the weights into networks that were just built.
 
@@ -221,7 +222,8 @@ class EarlierRun:
         """
         items = self.copy_into(modules, vocabulary, data, division, config)
         kept = [] if len(division.validation) else ["linear"]
-        return {"items": items, "kept": kept + (["ranker"] if self.keep_ranker(modules, actions, config) else [])}
+        keeps_ranker = self.keep_ranker(modules, actions, config, declared)
+        return {"items": items, "kept": kept + (["ranker"] if keeps_ranker else [])}
 
     def copy_into(
         self, modules: Modules, vocabulary: Vocabulary, data: Interactions, division: Split, config: TrainConfig
@@ -260,11 +262,11 @@ class EarlierRun:
         vanished = len(self.vocabulary) - int((places >= 0).sum())
         return {"kept": int(kept.sum()), "new": int((~kept).sum()), "vanished": vanished}
 
-    def keep_ranker(self, modules: Modules, actions: Sequence[Action], config: TrainConfig) -> bool:
+    def keep_ranker(self, modules: Modules, actions: Sequence[Action], config: TrainConfig, declared: Declared) -> bool:
         """Copies the ranker's weights where it reads the same features and predicts the same actions; else False."""
         fits = (
             [action.model_dump(mode="json") for action in actions] == self.result["actions"]
-            and self.result["feature_fingerprint"] == FEATURES.fingerprint()
+            and self.result["feature_fingerprint"] == declared.fingerprint()
             and all(getattr(config, name) == getattr(self.config, name) for name in _RANKER_SHAPE)
         )
         if fits:
