@@ -322,17 +322,19 @@ def ranker_features(
         more,
     )
     if more:
-        fill_declared(
-            out,
-            out.shape[1] - more,
-            rows,
-            DeclaredColumns(columns.declared, columns.category, columns.creator),
-            moment.request_values,
-            moment.past,
-            PastEvents(past.rows, past.types, past.categories, past.creators, past.timestamps),
-            moment.now_ms,
-        )
+        fill_declared(out, out.shape[1] - more, rows, *declared_arrays(past, columns, moment))
     return out
+
+
+def declared_arrays(past: History, columns: CatalogColumns, moment: Moment) -> tuple[Any, ...]:
+    """Returns what `features.declared_kernels.fill_declared` reads behind the rows."""
+    return (
+        DeclaredColumns(columns.declared, columns.category, columns.creator),
+        moment.request_values,
+        moment.past,
+        PastEvents(past.rows, past.types, past.categories, past.creators, past.timestamps),
+        moment.now_ms,
+    )
 
 
 def _item_arrays(columns: CatalogColumns) -> ItemArrays:

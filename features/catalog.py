@@ -29,7 +29,6 @@ from features.declared import NONE_DECLARED, Declared
 from features.eligibility import EligibleRows, Moments, moments_of
 from features.item_prior import Firsts, ItemPrior, firsts_of
 from features.keys import item_key, item_keys
-from features.tables.schema import ITEMS
 from features.vocabulary import Vocabulary
 
 _FIELDS = ("title", "description", "categories", "creator_id", "price", "parent_id", "attributes")
@@ -301,6 +300,7 @@ class Catalog:
             columns.put_at[row] = now_ms
             columns.statistics[row] = self._prior.statistics(*group_keys(item))
         fill(columns, row, item)
+        # Rows of the bundle as well: a patch may change the price or the attribute that a feature reads.
         if self._declared.item_width:
             columns.declared[row] = self._declared.item_values(_as_table(item))[0]
         self._live[row] = {"item_id": item["item_id"], **{name: item.get(name) for name in _FIELDS}}
@@ -314,9 +314,13 @@ class Catalog:
 
 
 def _as_table(item: Mapping[str, Any]) -> pa.Table:
-    """Returns an item as a canonical table of one row."""
-    named = {
-        name: dict(item[name]) if name == "attributes" and item.get(name) else item.get(name) for name in ITEMS.names
-    }
-    named = {name: list(value.items()) if isinstance(value, dict) else value for name, value in named.items()}
-    return pa.Table.from_pylist([named], ITEMS)
+    """Returns what declared features read of an item as a canonical table of one row."""
+    attributes = list(dict(item.get("attributes") or {}).items())
+    return pa.table(
+        {
+            "price": pa.array([item.get("price")], pa.float32()),
+            "creator_id": pa.array([item.get("creator_id")], pa.string()),
+            "categories": pa.array([item.get("categories")], pa.list_(pa.string())),
+            "attributes": pa.array([attributes], pa.map_(pa.string(), pa.string())),
+        }
+    )

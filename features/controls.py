@@ -100,6 +100,7 @@ def attribute_controls(attributes: Mapping[str, str]) -> Controls:
     """Returns attributes of a user as controls; CONTROL [n]."""
     texts = [(attribute_key(name, text), 0, ATTRIBUTE) for name, text in attributes.items()]
     numbers = [(item_key(name), number_of(text), ATTRIBUTE_NUMBER) for name, text in attributes.items()]
+    # A text that is no number has no second control, and so counts as unknown where a number is asked for.
     known = [number for number in numbers if not math.isnan(number[1])]
     return np.concatenate([np.array(texts, CONTROL), np.array(known, DIAL).view(CONTROL)])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,7 @@ from features.jit import kernel
 from features.kernels import log_odds_plain, place, pulled_log_odds, tallied
 
 SAME = ("any", "item", "category", "creator")
-"""What an event shares with the candidate for which it counts; `PastArrays.same` holds places in this list."""
+"""Things that an event shares with the candidates for which it counts; `PastArrays.same` holds places in this list."""
 
 ANY, ITEM, CATEGORY, CREATOR = range(len(SAME))
 
@@ -25,7 +25,7 @@ _Bool = npt.NDArray[np.bool_]
 
 
 class PastArrays(NamedTuple):
-    """How the user's events are counted, by declared feature of the past; P features, T event types.
+    """The reading of the user's events, by declared feature of the past; P features, T event types.
 
     Attributes:
         counted: By type of event, 1 + its position, whether it counts; bool [P, 1 + T].
@@ -57,7 +57,7 @@ class PastEvents(NamedTuple):
 
 
 class DeclaredColumns(NamedTuple):
-    """What the catalogue knows: declared values float32 [N, K of items], keys of category and creator uint64 [N]."""
+    """Columns of the catalogue: declared values float32 [N, K of items], keys of category and creator uint64 [N]."""
 
     values: _F32
     category: _U64
@@ -88,38 +88,52 @@ def fill_declared(
         now_ms: Time of the request, ms; 0 if there is none: then no event lies in a window.
     """
     weights = _counted(past, events, now_ms)
-    count, of_items = past.same.size, items.values.shape[1]
-    behind = first + of_items + request.size
-    totals = np.zeros(2 * count, np.float64)
-    for j in range(weights.shape[0]):
-        for k in range(2 * count):
-            totals[k] += weights[j, k]
+    of_items = items.values.shape[1]
+    totals = _totals(weights)
     keys = np.zeros(events.rows.size, np.uint64)
     for j in range(keys.size):
         keys[j] = events.rows[j] + 1
     tables = (tallied(keys, weights), tallied(events.categories, weights), tallied(events.creators, weights))
+    # Each candidate by itself, so that its values never depend on the others.
     for i in range(rows.size):
-        row = rows[i]
+        row, at = rows[i], first + of_items + request.size
         for k in range(of_items):
             out[i, first + k] = items.values[row, k]
         for k in range(request.size):
             out[i, first + of_items + k] = request[k]
-        for p in range(count):
-            acted, shown = totals[p], totals[count + p]
-            if past.same[p] != ANY:
-                key, table = np.uint64(row + 1), tables[0]
-                if past.same[p] == CATEGORY:
-                    key, table = items.category[row], tables[1]
-                elif past.same[p] == CREATOR:
-                    key, table = items.creator[row], tables[2]
-                slots, sums = table
-                at = place(slots, key) if key != np.uint64(0) else np.uint64(0)
-                known = key != np.uint64(0) and slots[at] == key
-                acted, shown = (sums[at, p], sums[at, count + p]) if known else (0.0, 0.0)
-            if past.is_rate[p]:
-                out[i, behind + p] = pulled_log_odds(acted, shown, past.base[p], past.prior[p]) - past.base[p]
-            else:
-                out[i, behind + p] = math.log1p(acted)
+        for p in range(past.same.size):
+            out[i, at + p] = _past_value(past, p, totals, tables, items, row)
+
+
+@kernel(error_model="numpy", inline="always")
+def _past_value(past: PastArrays, p: int, totals: _F64, tables: Any, items: DeclaredColumns, row: int) -> float:
+    """Returns the value of feature `p` of the past for an item."""
+    acted, shown = totals[p], totals[past.same.size + p]
+    if past.same[p] != ANY:
+        key, table = np.uint64(row + 1), tables[0]
+        if past.same[p] == CATEGORY:
+            key, table = items.category[row], tables[1]
+        elif past.same[p] == CREATOR:
+            key, table = items.creator[row], tables[2]
+        # Key 0 is no category or creator: such items share nothing with any event.
+        slots, sums = table
+        at = place(slots, key) if key != np.uint64(0) else np.uint64(0)
+        known = key != np.uint64(0) and slots[at] == key
+        acted, shown = (sums[at, p], sums[at, past.same.size + p]) if known else (0.0, 0.0)
+    if past.is_rate[p]:
+        odds: float = pulled_log_odds(acted, shown, past.base[p], past.prior[p]) - past.base[p]
+        return odds
+    return math.log1p(acted)
+
+
+@kernel(error_model="numpy")
+def _totals(weights: _F64) -> _F64:
+    """Returns the sums of weights [h, w] over the events, in their order; float64 [w]."""
+    totals = np.zeros(weights.shape[1], np.float64)
+    for j in range(weights.shape[0]):
+        for k in range(totals.size):
+            totals[k] += weights[j, k]
+    return totals
 
 
 @kernel(error_model="numpy")
@@ -129,6 +143,7 @@ def _counted(past: PastArrays, events: PastEvents, now_ms: int) -> _F64:
     weights = np.zeros((events.rows.size, 2 * count), np.float64)
     for j in range(events.rows.size):
         for p in range(count):
+            # An event of a clock ahead lies in every window, as it does for the built-in features.
             window = past.window_ms[p]
             if window == 0 or (now_ms != 0 and now_ms - events.timestamps[j] <= window):
                 weights[j, p] = past.counted[p, events.types[j]]

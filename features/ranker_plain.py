@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from features.action_rates import MATCH_STRENGTH, USER_STRENGTH, ActionRates, Rates
-from features.assemble import History, Moment, are_read
+from features.assemble import History, Moment, are_read, declared_arrays
 from features.catalog_columns import CatalogColumns
-from features.declared_kernels import DeclaredColumns, PastEvents, fill_declared_plain
+from features.declared_kernels import fill_declared_plain
 from features.item_prior import blocks
 from features.kernels import log_odds_plain, matched_weights_plain
 from features.model_inputs import HALF_LIFE, RANKER_FEATURES, ranker_width, statistics_width
@@ -71,16 +71,7 @@ def ranker_features_plain(
         begin = common + number * count
         out[:, begin : begin + count] = part
     if more:
-        fill_declared_plain(
-            out,
-            ranker_width(count),
-            rows,
-            DeclaredColumns(columns.declared, columns.category, columns.creator),
-            moment.request_values,
-            moment.past,
-            PastEvents(past.rows, past.types, past.categories, past.creators, past.timestamps),
-            moment.now_ms,
-        )
+        fill_declared_plain(out, ranker_width(count), rows, *declared_arrays(past, columns, moment))
     return out
 
 

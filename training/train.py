@@ -17,8 +17,7 @@ import pyarrow as pa
 import torch
 
 from features.catalog_columns import CatalogColumns, columns_of
-from features.declared import Declared
-from features.errors import SettingsError, TrainingError
+from features.errors import TrainingError
 from features.linear import ItemWeights, LinearTerm
 from features.tables.dataset import Dataset
 from features.tables.intake import admit
@@ -30,7 +29,7 @@ from training.data.clock import report_future_events
 from training.data.generations import generations_now, split_again
 from training.data.impressions import read_examples, read_slates
 from training.data.interactions import Interactions, item_vocabulary, read_interactions
-from training.data.moments import UserMoments, user_moments
+from training.data.moments import UserMoments, declared_of, user_moments
 from training.data.point_in_time import PointInTimeStatistics, StatisticsSnapshot
 from training.data.split import Split, cut_of, last_target, split
 from training.fitting.claims import claimed
@@ -218,15 +217,7 @@ def _fit(material: Material, job: _Job) -> tuple[Modules, dict[str, Any], dict[s
     begun: dict[str, Any] = (
         {"kept": []}
         if earlier is None
-        else earlier.begin(
-            modules,
-            material.vocabulary,
-            material.data,
-            material.division,
-            material.actions,
-            config,
-            material.moments.declared,
-        )
+        else earlier.begin(modules, material.vocabulary, material.data, material.division, material.actions, config)
     )
     bags = None if material.inputs is None else ItemBags.build(modules.item, material.inputs)
     clock.end("initial")
@@ -289,17 +280,9 @@ def _train_ranker(
     if job.earlier is not None and is_kept:
         return snapshot.statistics, facts | {name: job.earlier.result[name] for name in _OF_RANKER}
     columns = dataclasses.replace(columns, statistics=known.statistics)
+    data, actions, moments = material.data, material.actions, material.moments
     builder = CandidateBuilder(
-        modules,
-        table,
-        term,
-        material.data,
-        columns,
-        known.action_rates,
-        material.actions,
-        config,
-        material.moments,
-        bool(training),
+        modules, table, term, data, columns, known.action_rates, actions, config, moments, bool(training)
     )
     blend, ndcg_by_blend = fit_ranker(builder, material.division, weights)
     source = "impressions" if training else "candidates"
@@ -389,15 +372,8 @@ def read_material(
         division=division,
         inputs=inputs,
         actions=config.actions or default_actions(data, config),
-        moments=user_moments(_declared(config, data), dataset.users, data.users),
+        moments=user_moments(declared_of(config.features, data.event_types), dataset.users, data.users),
     )
-
-
-def _declared(config: TrainConfig, data: Interactions) -> Declared:
-    try:
-        return Declared.of(config.features, data.event_types)
-    except ValueError as error:
-        raise SettingsError(f"features: {error}") from error
 
 
 def _inputs_of(items: pa.Table, config: TrainConfig, device: torch.device) -> dict[str, torch.Tensor]:

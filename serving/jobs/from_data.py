@@ -5,13 +5,15 @@ The engine, its stages and the request are those of the service; only the profil
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from features.controls import attribute_controls
 from features.profile import Profile, empty
-from features.subjects import Subject, known, subject_of
+from features.subjects import Subject, known, subject_of, user_id_of
 from features.tables.dataset import Dataset
 from features.tables.intake import admit
 from serving.config import ServeConfig
@@ -29,6 +31,8 @@ ITEMS = 10
 _SHOWN = 5
 """Unknown users that a message names."""
 
+_USER = ("user_id", "attributes")
+
 
 class DataProfiles:
     """The profiles of the users of a data set, each folded when it is read.
@@ -42,6 +46,8 @@ class DataProfiles:
         self.events = UserEvents(dataset)
         self._users: dict[str, int] = {subject: user for user, subject in enumerate(self.events.subjects)}
         self._names_anonymous = "until" in dataset.info
+        told = zip(*(dataset.users[name].to_pylist(maps_as_pydicts="lossy") for name in _USER), strict=True)
+        self._attributes: dict[str, dict[str, str]] = {user: attributes for user, attributes in told if attributes}
 
     def subject(self, user: str) -> Subject:
         """Returns the key of a user by the id of the tables, of which only a warehouse names anonymous users."""
@@ -53,12 +59,13 @@ class DataProfiles:
 
     def read(self, subject: str) -> Profile:
         """Returns a user's profile, an empty one of a user whom the data set does not have."""
+        controls = attribute_controls(self._attributes.get(user_id_of(subject), {}))
         user = self._users.get(subject)
         if user is None:
-            return empty()
+            return dataclasses.replace(empty(), controls=controls)
         start, end = self.events.span(user)
         history = LoggedHistory(self.events.records[start:end], self.events.log_ids[start:end])
-        return history.replayed(int(history.log_ids[-1]))
+        return dataclasses.replace(history.replayed(int(history.log_ids[-1])), controls=controls)
 
 
 def recommend_from_data(

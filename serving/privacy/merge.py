@@ -184,7 +184,7 @@ class IdentityMerge:
             return 0
         # The controls of both may be more than a user can have.
         joined = join_controls(user, anonymous, now_ms())
-        # The known user's first, whatever there is room for.
+        # The known user's first: where not all have room, those of the device are left out.
         names = sorted(told, key=lambda name: (name not in known_attributes, name))[:MAX_ATTRIBUTES]
         attributes = [UserAttribute(name, told[name]) for name in names]
         self._marks.write(self._user, controls=[*joined[:MAX_CONTROLS], *attributes])

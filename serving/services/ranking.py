@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from features.catalog import Catalog
 from features.clock import now_ms
-from features.declared import zone_of
+from features.declarations import zone_of
 from features.keys import item_key
 from penchant.v1 import common_pb2, ranking_pb2, ranking_pb2_grpc
 from serving.concurrency import ConcurrencyLimit

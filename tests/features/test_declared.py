@@ -10,7 +10,8 @@ import pyarrow as pa
 import pytest
 
 from features.catalog import Catalog
-from features.declared import NONE_DECLARED, Declared, DeclaredFeature
+from features.declarations import DeclaredFeature
+from features.declared import NONE_DECLARED, Declared
 from features.model_inputs import FEATURES
 from features.tables.schema import ITEMS
 from features.vocabulary import Vocabulary

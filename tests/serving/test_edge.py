@@ -26,6 +26,7 @@ METHODS = {
         "SetConsent",
         "SetControls",
         "GetControls",
+        "SetAttributes",
         "ResetLearning",
         "UndoEvent",
         "MergeIdentities",

@@ -20,7 +20,8 @@ import pyarrow as pa
 from features.action_rates import ActionRates
 from features.arrays import pc
 from features.assemble import Moment, moment_at
-from features.declared import Declared, zone_of
+from features.declarations import zone_of
+from features.declared import Declared
 from features.keys import item_keys
 from features.tables.dataset import Dataset, LoadedTable, read_table
 from features.tables.files import table_path
@@ -233,6 +234,7 @@ def _request_values(slates: pa.Table, moments: UserMoments, users: Sequence[int]
         return np.zeros((slates.num_rows, 0), np.float32)
     attributes = attributes_of_slates(slates, moments, users)
     names = ["timestamp", "surface", "device", "channel", "locale", "time_zone", "attributes"]
+    # One slate after the other, by the function that serving calls: seconds for a million.
     requests = slates.select(names).to_pylist(maps_as_pydicts="lossy")
     zones = {zone for request in requests if (zone := request["time_zone"])}
     if unknown := sorted(zone for zone in zones if zone_of(zone) is None):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 
 from features.assemble import Moment, moment_at
 from features.controls import Controls, attribute_controls, attributes_of_text, no_controls
 from features.declared import NONE_DECLARED, Declared
+from features.errors import SettingsError
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,18 @@ NO_ATTRIBUTES = UserMoments()
 """Moments for a model without declared features."""
 
 
+def declared_of(declarations: Sequence[Any], event_types: Sequence[str]) -> Declared:
+    """Returns the declared features of a training.
+
+    Raises:
+        SettingsError: One names an event type that the data set does not have.
+    """
+    try:
+        return Declared.of(declarations, event_types)
+    except ValueError as error:
+        raise SettingsError(f"features: {error}") from error
+
+
 def user_moments(declared: Declared, users: pa.Table, names: Sequence[str]) -> UserMoments:
     """Returns the moments of users.
 
@@ -47,6 +61,7 @@ def user_moments(declared: Declared, users: pa.Table, names: Sequence[str]) -> U
     """
     if not declared.of_part("user"):
         return UserMoments(declared)
+    # Users of the table who have no event are in no example.
     told = dict(zip(users["user_id"].to_pylist(), users["attributes"].to_pylist(maps_as_pydicts="lossy"), strict=True))
     return UserMoments(declared, [attribute_controls(told.get(name) or {}) for name in names])
 
@@ -59,6 +74,7 @@ def attributes_of_slates(slates: pa.Table, moments: UserMoments, users: Sequence
         moments: The moments of users.
         users: Number of the user of each slate, -1 if unknown.
     """
+    # What serving read wins: the table of users may have changed since.
     logged: list[str | None] = slates["user_attributes"].to_pylist()
     return [
         attributes_of_text(text) if text is not None else moments.attributes(user) if user >= 0 else no_controls()

@@ -211,7 +211,6 @@ class EarlierRun:
         division: Split,
         actions: Sequence[Action],
         config: TrainConfig,
-        declared: Declared,
     ) -> dict[str, Any]:
         """Copies the weights into networks that were just built.
 
@@ -222,7 +221,7 @@ class EarlierRun:
         """
         items = self.copy_into(modules, vocabulary, data, division, config)
         kept = [] if len(division.validation) else ["linear"]
-        keeps_ranker = self.keep_ranker(modules, actions, config, declared)
+        keeps_ranker = self.keep_ranker(modules, actions, config)
         return {"items": items, "kept": kept + (["ranker"] if keeps_ranker else [])}
 
     def copy_into(
@@ -262,11 +261,11 @@ class EarlierRun:
         vanished = len(self.vocabulary) - int((places >= 0).sum())
         return {"kept": int(kept.sum()), "new": int((~kept).sum()), "vanished": vanished}
 
-    def keep_ranker(self, modules: Modules, actions: Sequence[Action], config: TrainConfig, declared: Declared) -> bool:
+    def keep_ranker(self, modules: Modules, actions: Sequence[Action], config: TrainConfig) -> bool:
         """Copies the ranker's weights where it reads the same features and predicts the same actions; else False."""
         fits = (
             [action.model_dump(mode="json") for action in actions] == self.result["actions"]
-            and self.result["feature_fingerprint"] == declared.fingerprint()
+            and self.result["feature_fingerprint"] == Declared.of(config.features).fingerprint()
             and all(getattr(config, name) == getattr(self.config, name) for name in _RANKER_SHAPE)
         )
         if fits:
