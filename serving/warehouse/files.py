@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,9 @@ from serving.warehouse.parquet import (
     file_name,
     files_by_prefix,
     put_table,
+    put_tables,
     read_columns,
+    read_parts,
     remove_empty,
     remove_file,
     span_of,
@@ -161,6 +163,10 @@ class WarehouseFiles:
         """
         return read_columns(path, pa.schema([TABLES[name].field(column) for column in columns or TABLES[name].names]))
 
+    def parts(self, name: str, path: Path) -> Iterator[pa.Table]:
+        """Yields the rows of a file as `read` does, a part at a time; raises as it does."""
+        return read_parts(path, TABLES[name])
+
     def partition_files(self, name: str, partition: int) -> list[Path]:
         """Returns the files of a partition in one table, in log order."""
         return sorted(self.out.glob(f"{name}/date=*/p{partition:02d}-*.parquet"))
@@ -238,7 +244,8 @@ class WarehouseFiles:
         self._repaired = False
         for prefix, files in groups.items():
             span = span_of(files[0])[0], max(span_of(file)[1] for file in files)
-            put_table(packed / file_name(prefix, span), pa.concat_tables([self.read(name, file) for file in files]))
+            parts = (rows for file in files for rows in self.parts(name, file))
+            put_tables(packed / file_name(prefix, span), TABLES[name], parts)
         self.require_own()
         path.rename(unpacked)
         packed.rename(path)

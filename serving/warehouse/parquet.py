@@ -6,7 +6,7 @@ A file is written under a hidden name, synced and renamed, and never changed in 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
@@ -18,6 +18,9 @@ from features.files import sync
 from features.private_files import make_folders, open_private
 from serving.stores.keys import SEQUENCE_BITS, time_of
 
+_GROUP_ROWS = 1 << 16
+"""Rows of a group of rows, which readers hold at once."""
+
 Span = tuple[int, int]
 """The first and the last log id that a file covers."""
 
@@ -28,11 +31,23 @@ def put_table(
     metadata: Mapping[bytes, bytes] | None = None,
     allowed: Callable[[], None] = lambda: None,
 ) -> None:
-    """Writes a Parquet file that is on disk when this returns; the same rows give the same bytes.
+    """Writes a Parquet file of some rows; see `put_tables`."""
+    put_tables(path, rows.schema, [rows], metadata, allowed)
+
+
+def put_tables(
+    path: Path,
+    schema: pa.Schema,
+    tables: Iterable[pa.Table],
+    metadata: Mapping[bytes, bytes] | None = None,
+    allowed: Callable[[], None] = lambda: None,
+) -> None:
+    """Writes a Parquet file that is on disk when this returns; the same tables give the same bytes.
 
     Args:
         path: The file.
-        rows: Its rows.
+        schema: Its columns.
+        tables: Its rows; no more than one of the tables, and a group of rows, are held at once.
         metadata: Key-value metadata of the file.
         allowed: Raises if the file may not be put in its place any more; called last.
     """
@@ -41,16 +56,27 @@ def put_table(
         sync(path.parent.parent)
     draft = path.with_name(f".{path.name}.tmp")
     with open_private(draft) as sink:
-        writer = pq.ParquetWriter(sink, rows.schema, compression="zstd")
-        writer.write_table(rows)
-        writer.add_key_value_metadata({key.decode(): value.decode() for key, value in (metadata or {}).items()})
-        writer.close()
+        with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
+            for rows in _in_groups(schema, tables):
+                writer.write_table(rows)
+            writer.add_key_value_metadata({key.decode(): value.decode() for key, value in (metadata or {}).items()})
         sink.flush()
         os.fsync(sink.fileno())
     allowed()
     os.replace(draft, path)
     # The rename is on disk only once the directory is.
     sync(path.parent)
+
+
+def _in_groups(schema: pa.Schema, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Yields the rows of many tables as few larger ones: each makes a group of rows, and small groups read slowly."""
+    held: list[pa.Table] = []
+    for table in tables:
+        held.append(table)
+        if sum(rows.num_rows for rows in held) >= _GROUP_ROWS:
+            yield pa.concat_tables(held)
+            held = []
+    yield pa.concat_tables([schema.empty_table(), *held])
 
 
 def read_columns(path: Path, schema: pa.Schema) -> pa.Table:
@@ -64,6 +90,25 @@ def read_columns(path: Path, schema: pa.Schema) -> pa.Table:
             rows = file.read(columns=[name for name in schema.names if name in file.schema_arrow.names])
     except (pa.ArrowException, OSError) as error:
         raise TablesError(f"{path} cannot be read ({error}): put it back from a copy, or remove it") from error
+    return _completed(rows, schema)
+
+
+def read_parts(path: Path, schema: pa.Schema) -> Iterator[pa.Table]:
+    """Yields columns of a Parquet file as `read_columns` does, a group of rows at a time.
+
+    Raises:
+        TablesError: The file is damaged.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            names = [name for name in schema.names if name in file.schema_arrow.names]
+            for batch in file.iter_batches(_GROUP_ROWS, columns=names):
+                yield _completed(pa.Table.from_batches([batch]), schema)
+    except (pa.ArrowException, OSError) as error:
+        raise TablesError(f"{path} cannot be read ({error}): put it back from a copy, or remove it") from error
+
+
+def _completed(rows: pa.Table, schema: pa.Schema) -> pa.Table:
     return pa.concat_tables([schema.empty_table(), rows], promote_options="default")
 
 

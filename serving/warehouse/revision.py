@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import operator
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from serving.privacy.ledger import Erasure
 from serving.stores.keys import SEQUENCE_BITS, address_of
 from serving.stores.log_entries import Entry
 from serving.warehouse.files import DERIVED_TABLES, TABLES, WarehouseFiles
-from serving.warehouse.parquet import put_table, remove_file
+from serving.warehouse.parquet import put_tables, remove_file
 
 Limits = Sequence[tuple[int, Purpose]]
 """Limits of a user's rows: those up to a log id may serve no more than these purposes."""
@@ -184,10 +184,25 @@ def _rewrite(
     if not kept.any():
         remove_file(path)
         return
-    rows = files.read(name, path)
-    for column, values in columns.items():
-        rows = rows.set_column(rows.schema.get_field_index(column), rows.schema.field(column), pa.array(values))
-    put_table(path, rows.filter(pa.array(kept)), allowed=files.require_own)
+    put_tables(path, TABLES[name], _kept_parts(files, name, path, columns, kept), allowed=files.require_own)
+
+
+def _kept_parts(
+    files: WarehouseFiles,
+    name: str,
+    path: Path,
+    columns: Mapping[str, npt.NDArray[np.bool_]],
+    kept: npt.NDArray[np.bool_],
+) -> Iterator[pa.Table]:
+    """Yields the rows of a file that stay, with their new purposes, a part at a time: a day's file may be large."""
+    start = 0
+    for rows in files.parts(name, path):
+        part = slice(start, start + rows.num_rows)
+        for column, values in columns.items():
+            field = rows.schema.get_field_index(column)
+            rows = rows.set_column(field, rows.schema.field(column), pa.array(values[part]))
+        yield rows.filter(pa.array(kept[part]))
+        start = part.stop
 
 
 def _allowed(rows: pa.Table, limits: Callable[[str], Limits], slates: bool) -> npt.NDArray[np.int64]:

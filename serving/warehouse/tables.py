@@ -5,7 +5,7 @@ Everything here is a pure function of its input, so that a repeat writes the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -92,6 +92,17 @@ DAILY_ROWS = pa.schema(
 
 The number of slates that it stood in, its events by type, and the number of their users.
 """
+
+DAILY_PARTS = pa.schema(
+    [
+        _column("item_id", pa.string()),
+        _column("event_type", pa.string()),
+        _column("shown", pa.int64()),
+        _column("events", pa.int64()),
+        _column("users", pa.int64()),
+    ]
+)
+"""Figures of an item in a part of a day, to be summed: its events by type, and without a type slates and users."""
 
 _KEPT = ("event_id", "value", "session_id", "request_id", "surface", "query", "position")
 
@@ -180,7 +191,7 @@ def _impression(entry: Entry, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def sessions(events: pa.Table, gap_ms: int = SESSION_GAP_MS) -> pa.Table:
-    """Returns `SESSION_ROWS` of one day's events and searches, ordered by user and start.
+    """Returns `SESSION_ROWS` of the events and searches of some users on one day, ordered by user and start.
 
     Args:
         events: `user_id`, `session_id`, `timestamp`, `item_id` (NULL for a search), `event_type`.
@@ -219,28 +230,51 @@ def sessions(events: pa.Table, gap_ms: int = SESSION_GAP_MS) -> pa.Table:
     return rows.sort_by([("user_id", "ascending"), ("started_at", "ascending"), ("session_id", "ascending")])
 
 
-def daily(events: pa.Table, shown: Mapping[str, int]) -> pa.Table:
-    """Returns `DAILY_ROWS` of one day, ordered by item.
+def daily_part(events: pa.Table, shown: Mapping[str, int]) -> pa.Table:
+    """Returns figures of a part of a day that has all rows of its users; `DAILY_PARTS`, to be summed by `daily`.
 
     Args:
         events: `item_id`, `user_id`, `event_type`.
         shown: Number of slates that each item stood in.
     """
-    items, item_codes = codes(pa.chunked_array([*events["item_id"].chunks, pa.array(list(shown), pa.string())]))
-    if not items:
-        return DAILY_ROWS.empty_table()
-    of_events = item_codes[: events.num_rows]
-    rows = pa.table(
-        [
-            pa.array(items),
-            pa.array([shown.get(item, 0) for item in items]),
-            pa.array(np.bincount(of_events, minlength=len(items))),
-            pa.array(_distinct(of_events, events["user_id"], len(items))),
-            _counts(of_events, events["event_type"], len(items)),
-        ],
-        schema=DAILY_ROWS,
+    by_type = events.group_by(["item_id", "event_type"], use_threads=False).aggregate([([], "count_all")])
+    users = events.group_by("item_id", use_threads=False).aggregate([("user_id", "count_distinct")])
+    zeros, none = pa.array(np.zeros(by_type.num_rows, np.int64)), pa.nulls(users.num_rows, pa.string())
+    no_shown, no_events = (pa.array(np.zeros(users.num_rows, np.int64)) for _ in range(2))
+    slates = pa.array(list(shown.values()), pa.int64())
+    nothing = pa.array(np.zeros(len(shown), np.int64))
+    parts = [
+        [by_type["item_id"], by_type["event_type"], zeros, by_type["count_all"], zeros],
+        [users["item_id"], none, no_shown, no_events, users["user_id_count_distinct"]],
+        [pa.array(list(shown), pa.string()), pa.nulls(len(shown), pa.string()), slates, nothing, nothing],
+    ]
+    return pa.concat_tables([pa.table(columns, schema=DAILY_PARTS) for columns in parts])
+
+
+def daily(parts: Iterable[pa.Table]) -> pa.Table:
+    """Returns `DAILY_ROWS` of one day, ordered by item, from its parts."""
+    total = DAILY_PARTS.empty_table()
+    for part in parts:
+        # Summed after each part: what is held is as long as the catalogue, and not as the day.
+        total = _summed(pa.concat_tables([total, part]), ["item_id", "event_type"])
+    rows = _summed(total, ["item_id"]).sort_by("item_id")
+    named = total.filter(pc.is_valid(total["event_type"])).sort_by(
+        [("item_id", "ascending"), ("event_type", "ascending")]
     )
-    return rows.sort_by("item_id")
+    sizes = named.group_by("item_id", use_threads=False).aggregate([([], "count_all")])
+    sizes_by_item = dict(zip(sizes["item_id"].to_pylist(), sizes["count_all"].to_pylist(), strict=True))
+    lengths = np.array([sizes_by_item.get(name, 0) for name in rows["item_id"].to_pylist()], np.int64)
+    offsets: Any = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+    types: Any = (named["event_type"].combine_chunks(), named["events"].combine_chunks())
+    columns = [rows["item_id"], rows["shown"], rows["events"], rows["users"], pa.MapArray.from_arrays(offsets, *types)]
+    return pa.table(columns, schema=DAILY_ROWS)
+
+
+def _summed(rows: pa.Table, keys: list[str]) -> pa.Table:
+    """Returns the sums of the figures by some keys, as the columns that they were before."""
+    figures = ["shown", "events", "users"]
+    sums = rows.group_by(keys, use_threads=False).aggregate([(name, "sum") for name in figures])
+    return sums.select([*keys, *(f"{name}_sum" for name in figures)]).rename_columns([*keys, *figures])
 
 
 def _distinct(group: npt.NDArray[np.int64], names: pa.ChunkedArray[Any], groups: int) -> npt.NDArray[np.int64]:
