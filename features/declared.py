@@ -77,6 +77,7 @@ class Declared:
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the columns, in their order."""
+        # By part and not as declared: each part is filled by another hand, and in one piece.
         parts = [feature for part in _PARTS for feature in self.of_part(part)]
         return tuple(name for feature in parts for name in feature.columns)
 

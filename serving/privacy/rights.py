@@ -132,6 +132,7 @@ class SubjectRights:
             raise ConsentWithheld(
                 "this user allows no personal answers, so their attributes are not kept; set their consent first"
             )
+        # Sorted, so that the same attributes are the same bytes whatever order a map comes in.
         told = [UserAttribute(name, text) for name, text in sorted(attributes.items())]
         return self._marks.write(subject, controls=[*self._others(subject, UserAttribute), *told])
 

@@ -30,6 +30,7 @@ def derive(files: WarehouseFiles) -> int:
         metadata = {_SOURCE: source}
         # A partition has all rows of its users, so one after the other is enough, and a day is too much to hold.
         prefixes = sorted({prefix for name in TABLES for prefix in files_by_prefix(files.out / name / day)})
+        # Lazy, and so two passes over the events: to read them twice costs less than to hold both tables of a day.
         visits = (_sessions(files, day, prefix) for prefix in prefixes)
         figures = (_figures(files, day, prefix) for prefix in prefixes)
         put_tables(paths[0], SESSION_ROWS, visits, metadata, files.require_own)

@@ -102,7 +102,8 @@ def read_parts(path: Path, schema: pa.Schema) -> Iterator[pa.Table]:
     try:
         with pq.ParquetFile(path) as file:
             names = [name for name in schema.names if name in file.schema_arrow.names]
-            for batch in file.iter_batches(_GROUP_ROWS, columns=names):
+            # Without threads of its own to read ahead: those would hold further groups.
+            for batch in file.iter_batches(_GROUP_ROWS, columns=names, use_threads=False):
                 yield _completed(pa.Table.from_batches([batch]), schema)
     except (pa.ArrowException, OSError) as error:
         raise TablesError(f"{path} cannot be read ({error}): put it back from a copy, or remove it") from error

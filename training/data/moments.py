@@ -59,6 +59,7 @@ def user_moments(declared: Declared, users: pa.Table, names: Sequence[str]) -> U
         users: A table of users, canonical.
         names: Ids of the users, by number.
     """
+    # A list of a million attributes is made only where a feature reads them.
     if not declared.of_part("user"):
         return UserMoments(declared)
     # Users of the table who have no event are in no example.
