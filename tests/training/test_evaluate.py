@@ -125,7 +125,8 @@ def test_a_run_that_recommends_repeats_says_how_good_it_is_at_them(tmp_path: Pat
     parts = evaluate([tmp_path / "run"], "leave-one-out")["parts"]
     assert {name: part["targets"] for name, part in parts.items()} == {"repeats": 120, "new": 40, "new_alone": 40}
     assert set(parts["new"]["paired"]) == {
-        "popular", "markov", "item_to_item", "item_knn", "transition_rings", "ease", "most_used", "most_recent",
+        "popular", "markov", "item_to_item", "item_knn", "transition_rings", "ease", "ease_local", "most_used",
+        "most_recent",
     }  # fmt: skip
     # Five own items stand before what is new; without them, five equally popular ones tie, which counts against it.
     assert parts["new"]["baselines"]["most_used"]["mrr@10"] == pytest.approx(1 / 10)
@@ -184,7 +185,16 @@ def test_a_run_beats_popularity_with_certainty_and_says_so(runs: dict[str, list[
     assert found["paired"]["popular"]["ndcg@10"]["low"] > 0
     difference = mean - found["baselines"]["popular"]["ndcg@10"]
     assert found["paired"]["popular"]["ndcg@10"]["mean"] == pytest.approx(difference)
-    names = {"popular", "recent_popular", "markov", "item_to_item", "item_knn", "transition_rings", "ease"}
+    names = {
+        "popular",
+        "recent_popular",
+        "markov",
+        "item_to_item",
+        "item_knn",
+        "transition_rings",
+        "ease",
+        "ease_local",
+    }
     assert set(found["baselines"]) == names
     assert set(found["baselines_left_out"]) == {"most_used", "most_recent"}
     assert found["best_baseline"]["name"] in names

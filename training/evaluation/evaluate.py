@@ -47,7 +47,8 @@ def evaluate(
         {mean, low, high}}, `by_seed`, `baselines` {name: {metric: value}}, `paired` {baseline: {metric: interval of
         model minus baseline}}, `best_baseline` (see `events.best_baseline`), `baselines_left_out` {name: why}, `ease`
         (form, lambda and NDCG@10 on validation by lambda of that baseline, and why that form; None where it is left
-        out), `with_cold`, `segments`, `coverage@10`, `novelty@10`, `blend`, `future_events`, `seconds`; with
+        out), `ease_local` (the same of the local form, where it is a baseline too), `with_cold`, `segments`,
+        `coverage@10`, `novelty@10`, `blend`, `future_events`, `seconds`; with
         those of `intake.summary`.
         Where some users have several targets also `by_user`: `users`, `metrics`, `baselines`, `paired` and
         `best_baseline` once more, of the means of each user's targets.

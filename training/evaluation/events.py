@@ -186,6 +186,7 @@ def _measure(
     summary = _summary(of_models, by_name, targets, warm)
     if parts := _parts(runs, baselines, rankings, data, targets, warm):
         summary["parts"] = parts
+    facts = {one.name: one.facts for one in baselines if isinstance(one, EaseBaseline)}
     return {
         "protocol": protocol,
         "runs": [str(of_seed.path) for of_seed in runs],
@@ -196,7 +197,8 @@ def _measure(
         "cold": len(targets) - warm.size,
         "items": data.items,
         "baselines_left_out": left_out,
-        "ease": next((baseline.facts for baseline in baselines if isinstance(baseline, EaseBaseline)), None),
+        "ease": facts.get("ease"),
+        "ease_local": facts.get("ease_local"),
         "blend": [of_seed.result["blend"] for of_seed in runs],
         **of_file,
         **summary,

@@ -19,7 +19,7 @@ from training.data.clock import newest_of
 from training.data.interactions import Interactions
 from training.data.split import Split, Targets
 from training.metrics import ndcg
-from training.models.ease import UNVALIDATED_LAMBDA, EaseForm, EaseSolution, ease_form, search_ridge
+from training.models.ease import UNVALIDATED_LAMBDA, EaseForm, EaseSolution, ease_form, local_form, search_ridge
 from training.models.neighbors import neighbors_of
 from training.models.scoring import mask_seen, rank_slices, ranks_of, seen_before
 from training.models.transitions import TransitionRingsBaseline, Transitions, choice_vectors, text_vectors
@@ -179,13 +179,16 @@ class NeighborsBaseline:
 
 
 class EaseBaseline:
-    """EASE (arXiv:1905.03375): the linear autoencoder over items, in the form that the catalogue allows."""
+    """EASE (arXiv:1905.03375): the linear autoencoder over items, in the form that the catalogue allows.
 
-    name = "ease"
+    Where that is not the local one, the local one is a baseline too, `ease_local`: the model may hold its table.
+    """
 
-    def __init__(self, data: Interactions, solution: EaseSolution, facts: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, data: Interactions, solution: EaseSolution, facts: Mapping[str, Any] | None = None, name: str = "ease"
+    ) -> None:
         """Takes a solution of `training.models.ease`; `facts` are for the result."""
-        self.data, self.solution, self.facts = data, solution, dict(facts or {})
+        self.data, self.solution, self.facts, self.name = data, solution, dict(facts or {}), name
 
     def scores(self, targets: Targets) -> Scores:
         """Returns the sums over the whole histories."""
@@ -193,11 +196,13 @@ class EaseBaseline:
         return self.solution.scores([_newest(self.data, user, position, position) for user, position in lines])
 
     @classmethod
-    def best(cls, data: Interactions, form: EaseForm, targets: Targets, repeats: bool) -> EaseBaseline:
+    def best(
+        cls, data: Interactions, form: EaseForm, targets: Targets, repeats: bool, name: str = "ease"
+    ) -> EaseBaseline:
         """Returns the one whose lambda has the highest NDCG@10 on validation targets."""
         facts: dict[str, Any] = {"form": form.name, "why": form.why}
         if not len(targets):
-            return cls(data, form.solve(UNVALIDATED_LAMBDA), {**facts, "lambda": UNVALIDATED_LAMBDA})
+            return cls(data, form.solve(UNVALIDATED_LAMBDA), {**facts, "lambda": UNVALIDATED_LAMBDA}, name)
 
         def attempt(solution: EaseSolution) -> tuple[EaseSolution, float]:
             return solution, _ndcg(cls(data, solution), data, targets, repeats)
@@ -205,8 +210,8 @@ class EaseBaseline:
         # By the baseline itself and not by the linear part of the model: each gets the lambda that is best for it.
         solution, search = search_ridge(form, attempt)
         if search.warning:
-            print(f"baseline ease ({form.name}): {search.warning}", file=sys.stderr)
-        return cls(data, solution, {**facts, **search.as_facts()})
+            print(f"baseline {name} ({form.name}): {search.warning}", file=sys.stderr)
+        return cls(data, solution, {**facts, **search.as_facts()}, name)
 
 
 def best_of(candidates: Iterable[_Candidate], data: Interactions, targets: Targets, repeats: bool) -> _Candidate:
@@ -283,6 +288,9 @@ def build_baselines(
         left_out["ease"] = form
     else:
         baselines.append(EaseBaseline.best(data, form, targets, config.repeats))
+        local = form if form.name == "local" else local_form(data, ends, config.seed)
+        if not isinstance(local, str) and local is not form:
+            baselines.append(EaseBaseline.best(data, local, targets, config.repeats, "ease_local"))
     if config.repeats:
         baselines += [OwnItemsBaseline(data, counts, by_count=by_count) for by_count in (True, False)]
     else:
