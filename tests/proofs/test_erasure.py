@@ -188,7 +188,7 @@ def test_a_service_erases_at_once_and_from_the_disks_by_schedule(state, world):
         assert not client.get_profile(CANARY).found
         # Not asked for a slate: that would be the first one of a new history, and rightly found.
         kinds = {one["kind"] for one in client.export_subject(CANARY, timeout_s=60.0)}
-        assert kinds == {"consent", "controls", "profile", "counts"}
+        assert kinds == {"consent", "controls", "attributes", "profile", "counts"}
         assert client.get_profile(BIRD).event_count == 6
 
         def receipts() -> dict[str, Any]:

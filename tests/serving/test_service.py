@@ -511,7 +511,7 @@ class TestRights:
         (status,) = client.ingest([event(ann, "i1", "view_item")])
         assert status.code == grpc.StatusCode.PERMISSION_DENIED.value[0]
         assert "not stored" in status.message
-        kinds = ["consent", "controls", "profile", "counts"]
+        kinds = ["consent", "controls", "attributes", "profile", "counts"]
         assert [one["kind"] for one in client.export_subject(ann)] == kinds
         client.set_consent(["personalise", "measure"], ann)
         client.ingest([event(ann, "i2", "view_item")])

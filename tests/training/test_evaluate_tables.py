@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.impressions import _ahead, impressions
+from features.declared import NONE_DECLARED
 from features.errors import LeakError, SettingsError, TrainingError
 from tests.training.conftest import TINY
 from training.config import TrainConfig
@@ -126,7 +127,8 @@ def test_a_margin_over_a_peer_weighs_as_the_metrics_do() -> None:
     no, none = np.zeros(size, np.int64), np.zeros(size, np.int32)
     users, labels = rng.integers(0, 40, size), rng.random((size, 1)) < 0.4
     weights = np.where(users % 2, 5.0, 1.0)
-    examples = Examples(users, no, none, none, no, no, [""], np.where(labels, 1, NEVER), weights)
+    action_times, values = np.where(labels, 1, NEVER), np.empty((size, 0), np.float32)
+    examples = Examples(users, no, none, none, no, no, [""], action_times, weights, no, values, NONE_DECLARED)
     ranker, peer = (Probabilities(chances, chances) for chances in rng.random((2, size, 1)))
     batch: Any = None
     ahead = _ahead(["click"], ScoredExamples(examples, batch, batch, ranker), peer)
