@@ -59,9 +59,9 @@ class Declared:
         """
         features = tuple(map(DeclaredFeature.parse, declarations))
         names = [column for feature in features for column in feature.columns]
-        if len(set(names)) != len(names) or (taken := {f.name for f in features} & set(RANKER_FEATURES.names)):
-            double = next((name for name in names if names.count(name) > 1), None) or min(taken)
-            raise ValueError(f"{double}: there is another feature of this name")
+        taken = {feature.name for feature in features} & set(RANKER_FEATURES.names)
+        if double := sorted(taken | {name for name in names if names.count(name) > 1}):
+            raise ValueError(f"{double[0]}: there is another feature of this name")
         if len(names) > MOST:
             raise ValueError(f"the features have {len(names)} columns, at most {MOST} are possible")
         return cls(features, _past_arrays([f for f in features if f.part == "past"], event_types))
