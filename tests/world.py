@@ -178,9 +178,7 @@ def _tables(staging: Path) -> Catalog:
     table = table.append_column("popularity", pa.array(popularity))
     table = table.append_column("recent_popularity", pa.array(popularity))
     table = table.append_column("trained", pa.array([True] * COUNT))
-    own = DECLARED.item_values(table)
-    lists = pa.FixedSizeListArray.from_arrays(pa.array(own.reshape(-1)), own.shape[1])
-    table = table.append_column("declared", lists)
+    table = with_declared(table)
     _write(staging / "items.arrow", table)
     vocabulary = Vocabulary.build([item["item_id"] for item in world])
     vocabulary.save(staging / "vocabulary.arrow")
@@ -203,6 +201,12 @@ def _tables(staging: Path) -> Catalog:
     np.save(staging / "token_offsets.npy", np.cumsum([0, *map(len, words)]).astype(np.int64))
     np.save(staging / "tokens.npy", np.concatenate(words))
     return Catalog(table, vocabulary, space, declared=DECLARED)
+
+
+def with_declared(items: pa.Table) -> pa.Table:
+    """Returns items with the column of their declared features."""
+    own = DECLARED.item_values(items)
+    return items.append_column("declared", pa.FixedSizeListArray.from_arrays(pa.array(own.reshape(-1)), own.shape[1]))
 
 
 def _write(path: Path, table: pa.Table) -> None:

@@ -67,10 +67,11 @@ def publish_items(out: Path, count: int) -> None:
     for name, values in (("popularity", popularity), ("recent_popularity", popularity)):
         table = table.append_column(name, pa.array(values))
     table = table.append_column("trained", pa.array([True] * count, pa.bool_()))
+    table = world.with_declared(table)
     world._write(staging / "items.arrow", table)
     vocabulary = Vocabulary.build([item["item_id"] for item in items])
     vocabulary.save(staging / "vocabulary.arrow")
-    catalog = Catalog(table, vocabulary, vectors)
+    catalog = Catalog(table, vocabulary, vectors, declared=world.DECLARED)
     np.save(staging / "vectors.npy", vectors)
     (staging / "index.faiss").write_bytes(_index(vectors))
     top = np.arange(count // 10, dtype=np.int32)
@@ -93,7 +94,7 @@ def publish_items(out: Path, count: int) -> None:
         "created": "2026-01-01T00:00:00Z",
         "model": world.MODEL,
         "configuration": {},
-        "feature_set": {"fingerprint": FEATURES.fingerprint(), "features": list(FEATURES.names)},
+        "feature_set": {"fingerprint": world.DECLARED.fingerprint(), "features": list(FEATURES.names)},
         "data_fingerprint": "pages",
         "metrics": {},
         "gates": {},

@@ -139,8 +139,9 @@ def catalog() -> Catalog:
     items = small.items()
     table = pa.Table.from_pylist(items, schema=ITEMS)
     popularity = pa.array(np.arange(small.COUNT, 0, -1, dtype=np.float32))
-    table = table.append_column("popularity", popularity)
-    return Catalog(table, Vocabulary.build([item["item_id"] for item in items]), small.vectors())
+    table = small.with_declared(table.append_column("popularity", popularity))
+    names = Vocabulary.build([item["item_id"] for item in items])
+    return Catalog(table, names, small.vectors(), declared=small.DECLARED)
 
 
 @pytest.fixture(scope="module")
@@ -560,6 +561,10 @@ class TestFilters:
         assert screen.hold_back(*asked).rows.tolist() == [row]
 
 
+def personal_ranker(model, catalog, outcomes, blend):
+    return PersonalRanker(model, catalog, outcomes, [0.5, 0.5], blend, declared=small.DECLARED)
+
+
 class TestScorers:
     def candidates(self, **scores: list[float]) -> Candidates:
         count = len(next(iter(scores.values())))
@@ -568,7 +573,7 @@ class TestScorers:
     def test_a_feed_is_relevance_and_blended_utility(self, catalog, model, outcomes):
         asked = user_of(catalog, ["i0", "i4"])
         rows = np.array([8, 1, 12], np.int32)
-        scored = PersonalRanker(model, catalog, outcomes, [0.5, 0.5], 0.25).score(*asked, rows)
+        scored = personal_ranker(model, catalog, outcomes, 0.25).score(*asked, rows)
         relevance = small.vectors()[rows] @ asked.user.vector
         affinity = np.array([1.0, 0.0, 1.0])
         odds = np.stack([affinity - 1, 2 * affinity - 2], axis=1)
@@ -578,7 +583,7 @@ class TestScorers:
         np.testing.assert_allclose(scored.probabilities, probabilities, rtol=1e-5)
 
     def test_a_score_never_depends_on_the_other_candidates(self, catalog, model, outcomes):
-        personal = PersonalRanker(model, catalog, outcomes, [0.5, 0.5], 0.25)
+        personal = personal_ranker(model, catalog, outcomes, 0.25)
         rows = np.arange(40, dtype=np.int32)
         together = personal.score(*user_of(catalog, ["i0", "i5"]), rows).scores
         alone = [personal.score(*user_of(catalog, ["i0", "i5"]), rows[at : at + 1]).scores[0] for at in range(40)]
@@ -586,16 +591,16 @@ class TestScorers:
 
     def test_without_a_blend_only_the_page_is_judged(self, catalog, model, outcomes):
         asked = user_of(catalog, ["i0", "i4"]).but(page_size=3)
-        scored = PersonalRanker(model, catalog, outcomes, [0.5, 0.5], 0.0).score(*asked, np.arange(40, dtype=np.int32))
+        scored = personal_ranker(model, catalog, outcomes, 0.0).score(*asked, np.arange(40, dtype=np.int32))
         judged = np.flatnonzero(np.isfinite(scored.probabilities[:, 0]))
         assert sorted(judged) == sorted(np.argsort(-scored.scores, kind="stable")[:3])
 
     def test_nobody_s_feed_goes_by_popularity(self, catalog, model, outcomes):
-        scorer = FeedScorer(PersonalRanker(model, catalog, outcomes, [0.5, 0.5], 0.25))
+        scorer = FeedScorer(personal_ranker(model, catalog, outcomes, 0.25))
         assert scorer.score(*query(), self.candidates(popular=[1, 3, 2])).scores.tolist() == [1, 3, 2]
 
     def test_neighbours_go_before_what_is_popular(self, catalog, model, outcomes):
-        scorer = FeedScorer(PersonalRanker(model, catalog, outcomes, [0.5, 0.5], 0.25))
+        scorer = FeedScorer(personal_ranker(model, catalog, outcomes, 0.25))
         nan = float("nan")
         found = self.candidates(
             neighbors=[0.1, nan, 0.9, nan, nan, nan, nan],
@@ -607,7 +612,7 @@ class TestScorers:
         assert np.isfinite(scorer.score(*query(), found).scores).all()
 
     def test_what_fills_a_personal_page_stands_behind_in_its_own_order(self, catalog, model, outcomes):
-        personal = PersonalRanker(model, catalog, outcomes, [0.5, 0.5], 0.25)
+        personal = personal_ranker(model, catalog, outcomes, 0.25)
         asked, nan = user_of(catalog, ["i0", "i4"]), np.nan
         named = {NEAREST: [2, 1, nan, nan, nan, nan], "popular": [nan, nan, 4, 3, 2, nan], "fresh": [nan] * 5 + [-1.0]}
         # Spaceships are near, westerns fill up: better by the score, and behind all the same; what is new competes.
@@ -642,9 +647,7 @@ class TestScorers:
 
     @pytest.fixture
     def ranks(self, catalog, model, outcomes, lexical):
-        return RankScorer(
-            PersonalRanker(model, catalog, outcomes, [0.5, 0.5], 0.25), SearchScorer(lexical, catalog, 0.25)
-        )
+        return RankScorer(personal_ranker(model, catalog, outcomes, 0.25), SearchScorer(lexical, catalog, 0.25))
 
     def test_nobody_known_the_order_is_the_callers(self, ranks):
         upstream = np.array([0.1, 1e30, -5], np.float32)
@@ -669,7 +672,7 @@ class TestScorers:
         assert scored.probabilities is not None
 
     def test_a_known_person_adds_to_the_callers_score(self, catalog, model, outcomes, ranks):
-        personal = PersonalRanker(model, catalog, outcomes, [0.5, 0.5], 0.25)
+        personal = personal_ranker(model, catalog, outcomes, 0.25)
         rows, upstream = np.array([1, 4], np.int32), np.array([10, 1], np.float32)
         asked = user_of(catalog, ["i0"]).but(rows=rows, upstream=upstream, upstream_weight=2.0)
         found = Candidates(rows, upstream[None], ("upstream",))
@@ -678,7 +681,7 @@ class TestScorers:
         np.testing.assert_allclose(ranks.score(*asked.but(upstream=None), found).scores, own)
 
     def test_the_page_has_its_probabilities_where_the_callers_scores_decide_it(self, catalog, model, outcomes, lexical):
-        unblended = PersonalRanker(model, catalog, outcomes, [0.5, 0.5], 0.0)
+        unblended = personal_ranker(model, catalog, outcomes, 0.0)
         rows, upstream = np.array([4, 1], np.int32), np.array([0, 1e6], np.float32)
         asked = user_of(catalog, ["i0"]).but(rows=rows, upstream=upstream, page_size=1)
         scorer = RankScorer(unblended, SearchScorer(lexical, catalog, 0.25))

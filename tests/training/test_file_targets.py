@@ -15,7 +15,7 @@ from features.errors import LeakError, TablesError, TrainingError
 from tests.training.conftest import TINY
 from training.config import TrainConfig
 from training.data.interactions import Interactions, read_interactions
-from training.data.split import Targets, held_out, moment_of, split
+from training.data.split import Targets, held_out, split
 from training.evaluation.evaluate import evaluate
 from training.evaluation.file_targets import FileTargets, read_targets
 from training.run import LoadedRun, load_run
@@ -96,7 +96,7 @@ def test_each_row_stands_after_the_training_events_that_are_not_later(
     assert ends[3] == len(times) - 1
     # The moment of a row without a time is that of the newest event before it.
     moments = [times[1], times[2] - 1, times[-1] + 5, times[-2]]
-    assert [moment_of(data, targets, at).now_ms for at in range(4)] == moments
+    assert [targets.time(data, at) for at in range(4)] == moments
     assert targets.take(np.array([3, 1])).time(data, 1) == times[2] - 1
 
 
