@@ -137,8 +137,8 @@ class Declared:
             return np.empty(0, np.float32)
         # Keys, not texts: a profile holds no more of an attribute than the hash of its name and text.
         texts = set(controls["key"][controls["kind"] == ATTRIBUTE].tolist())
-        told = controls[controls["kind"] == ATTRIBUTE_NUMBER].view(DIAL)
-        numbers = dict(zip(told["key"].tolist(), told["value"].tolist(), strict=True))
+        numeric = controls[controls["kind"] == ATTRIBUTE_NUMBER].view(DIAL)
+        numbers = dict(zip(numeric["key"].tolist(), numeric["value"].tolist(), strict=True))
         values: list[float] = []
         for feature in parts:
             name = feature.of.removeprefix("user.attributes.")

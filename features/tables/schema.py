@@ -112,7 +112,7 @@ IMPRESSIONS = pa.schema(
         _optional("query", pa.string()),
         # The slates that this one stands for: 1 / the share of users whose slates are logged; NULL is 1.
         _optional("weight", pa.float32()),
-        # What the caller told about the request; a time zone by its IANA name.
+        # Fields of the request; a time zone by its IANA name.
         _optional("device", pa.string()),
         _optional("channel", pa.string()),
         _optional("locale", pa.string()),

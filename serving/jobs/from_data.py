@@ -47,8 +47,8 @@ class DataProfiles:
         self._users: dict[str, int] = {subject: user for user, subject in enumerate(self.events.subjects)}
         self._names_anonymous = "until" in dataset.info
         # The table of users stands for what a product would have told the service.
-        told = zip(*(dataset.users[name].to_pylist(maps_as_pydicts="lossy") for name in _USER), strict=True)
-        self._attributes: dict[str, dict[str, str]] = {user: attributes for user, attributes in told if attributes}
+        rows = zip(*(dataset.users[name].to_pylist(maps_as_pydicts="lossy") for name in _USER), strict=True)
+        self._attributes: dict[str, dict[str, str]] = {user: attributes for user, attributes in rows if attributes}
 
     def subject(self, user: str) -> Subject:
         """Returns the key of a user by the id of the tables, of which only a warehouse names anonymous users."""

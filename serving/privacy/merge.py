@@ -178,15 +178,15 @@ class IdentityMerge:
         """
         anonymous, user = self._controls(self._anonymous), self._controls(self._user)
         known_attributes = self._attributes(self._user)
-        told = self._attributes(self._anonymous) | known_attributes
+        merged = self._attributes(self._anonymous) | known_attributes
         [consent] = UserStatements(self._log).consents([self._user])
-        if not (anonymous or told) or Purpose.PERSONALISE not in consent.purposes:
+        if not (anonymous or merged) or Purpose.PERSONALISE not in consent.purposes:
             return 0
         # The controls of both may be more than a user can have.
         joined = join_controls(user, anonymous, now_ms())
         # The known user's first: where not all have room, those of the device are left out.
-        names = sorted(told, key=lambda name: (name not in known_attributes, name))[:MAX_ATTRIBUTES]
-        attributes = [UserAttribute(name, told[name]) for name in names]
+        names = sorted(merged, key=lambda name: (name not in known_attributes, name))[:MAX_ATTRIBUTES]
+        attributes = [UserAttribute(name, merged[name]) for name in names]
         self._marks.write(self._user, controls=[*joined[:MAX_CONTROLS], *attributes])
         return max(0, len(joined) - MAX_CONTROLS)
 

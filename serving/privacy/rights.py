@@ -133,8 +133,8 @@ class SubjectRights:
                 "this user allows no personal answers, so their attributes are not kept; set their consent first"
             )
         # Sorted, so that the same attributes are the same bytes whatever order a map comes in.
-        told = [UserAttribute(name, text) for name, text in sorted(attributes.items())]
-        return self._marks.write(subject, controls=[*self._others(subject, UserAttribute), *told])
+        new = [UserAttribute(name, text) for name, text in sorted(attributes.items())]
+        return self._marks.write(subject, controls=[*self._others(subject, UserAttribute), *new])
 
     def reset(self, subject: str) -> tuple[int, bool]:
         """Empties a user's profile: what they did until now shapes no answer any more. Returns as `set_consent`.

@@ -63,8 +63,10 @@ def user_moments(declared: Declared, users: pa.Table, names: Sequence[str]) -> U
     if not declared.of_part("user"):
         return UserMoments(declared)
     # Users of the table who have no event are in no example.
-    told = dict(zip(users["user_id"].to_pylist(), users["attributes"].to_pylist(maps_as_pydicts="lossy"), strict=True))
-    return UserMoments(declared, [attribute_controls(told.get(name) or {}) for name in names])
+    attributes = dict(
+        zip(users["user_id"].to_pylist(), users["attributes"].to_pylist(maps_as_pydicts="lossy"), strict=True)
+    )
+    return UserMoments(declared, [attribute_controls(attributes.get(name) or {}) for name in names])
 
 
 def attributes_of_slates(slates: pa.Table, moments: UserMoments, users: Sequence[int]) -> list[Controls]:

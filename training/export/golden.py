@@ -191,9 +191,9 @@ def answers(context: GoldenContext, users: Sequence[Sequence[Event]]) -> dict[st
 
 def moment_of(context: GoldenContext) -> Moment:
     """Returns the moment of golden requests: long after the last event, on a surface that makes a difference."""
-    _, told, attributes = context.declared.example()
+    _, request_context, attributes = context.declared.example()
     controls = attribute_controls(attributes)
-    return moment_at(context.declared, _FIRST_MOMENT + _DAY, _surface_of(context), told, controls)
+    return moment_at(context.declared, _FIRST_MOMENT + _DAY, _surface_of(context), request_context, controls)
 
 
 def _surface_of(context: GoldenContext) -> str:
