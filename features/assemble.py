@@ -114,9 +114,8 @@ def moment_at(
     """
     if not declared.features:
         return Moment(now_ms, surface)
-    values = declared.request_values(now_ms, surface, context)
-    if controls is not None or declared.of_part("user"):
-        values = np.concatenate([values, declared.user_values(no_controls() if controls is None else controls)])
+    of_user = declared.user_values(no_controls() if controls is None else controls)
+    values = np.concatenate([declared.request_values(now_ms, surface, context), of_user])
     return Moment(now_ms, surface, request_values=values, past=declared.past)
 
 

@@ -154,6 +154,12 @@ def _lists(items: pa.Table, name: str) -> npt.NDArray[np.float32]:
     return np.array(column.flatten().to_numpy(), np.float32).reshape(items.num_rows, column.type.list_size)
 
 
+def with_lists(items: pa.Table, name: str, numbers: npt.NDArray[np.float32]) -> pa.Table:
+    """Returns items with one more column, the numbers of each row as a list; float32 [n, length]."""
+    flat = pa.array(np.ascontiguousarray(numbers, np.float32).reshape(-1))
+    return items.append_column(name, pa.FixedSizeListArray.from_arrays(flat, numbers.shape[1]))
+
+
 def group_keys(item: Mapping[str, Any]) -> tuple[int, int]:
     """Returns the keys of an item's primary category and of its creator, 0 for none."""
     categories = item.get("categories")

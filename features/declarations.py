@@ -19,7 +19,9 @@ MOST = 256
 """Most columns that can be declared."""
 
 _ITEM = frozenset({"price", "duration", "creator_id", "categories"})
-_PARTS = ("item", "request", "user", "past")
+PARTS = ("item", "request", "user", "past")
+"""The parts that a feature may be about, in the order of the columns."""
+
 _REQUEST = frozenset({"surface", "device", "channel", "locale", "hour", "weekday"})
 _OPTIONS: Mapping[str, frozenset[str]] = {
     "value": frozenset({"of", "log", "zone"}),
@@ -131,10 +133,10 @@ class DeclaredFeature:
         return self.of_number(number_of(text))
 
     def of_number(self, number: float) -> list[float]:
-        """Returns its columns for a number; zeros for NaN."""
+        """Returns its columns for a number; zeros for one that is not finite."""
         # Zeros stand for "unknown": no bucket, and of a value the column that says so.
         out = [0.0] * len(self.columns)
-        if math.isnan(number):
+        if not math.isfinite(number):
             return out
         if self.form == "bucket":
             out[bisect_right(self.edges, number)] = 1.0
@@ -159,7 +161,7 @@ class DeclaredFeature:
             return ""
         part, _, source = self.of.partition(".")
         known = {"item": _ITEM, "request": _REQUEST}.get(part, frozenset())
-        if source not in known and (part not in _PARTS or source.removeprefix("attributes.") in ("", source)):
+        if source not in known and (part not in PARTS[:3] or source.removeprefix("attributes.") in ("", source)):
             names = [f"item.{name}" for name in sorted(_ITEM)] + [f"request.{name}" for name in sorted(_REQUEST)]
             names += [f"{name}.attributes.NAME" for name in ("item", "request", "user")]
             return f"of is {self.of!r}, should be one of {', '.join(names)}"

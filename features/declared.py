@@ -23,7 +23,7 @@ import pyarrow as pa
 from features.arrays import pc
 from features.catalog_columns import encoded_texts
 from features.controls import ATTRIBUTE, ATTRIBUTE_NUMBER, DIAL, Controls, attribute_key
-from features.declarations import MOST, DeclaredFeature, zone_of
+from features.declarations import MOST, PARTS, DeclaredFeature, zone_of
 from features.declared_kernels import SAME, PastArrays
 from features.feature_set import Feature
 from features.keys import item_key
@@ -31,7 +31,6 @@ from features.model_inputs import FEATURES, RANKER_FEATURES
 from features.profile import RING
 
 _F32 = npt.NDArray[np.float32]
-_PARTS = ("item", "request", "user", "past")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +77,7 @@ class Declared:
     def names(self) -> tuple[str, ...]:
         """The names of the columns, in their order."""
         # By part and not as declared: each part is filled by another hand, and in one piece.
-        parts = [feature for part in _PARTS for feature in self.of_part(part)]
+        parts = [feature for part in PARTS for feature in self.of_part(part)]
         return tuple(name for feature in parts for name in feature.columns)
 
     @property

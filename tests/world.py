@@ -21,6 +21,7 @@ from features.action_rates import ActionRates
 from features.assemble import encoder_inputs, history, moment_at, ranker_features, type_index
 from features.bundle import publish
 from features.catalog import Catalog
+from features.catalog_columns import with_lists
 from features.controls import attribute_controls
 from features.declared import Declared
 from features.golden import profile_of
@@ -205,8 +206,7 @@ def _tables(staging: Path) -> Catalog:
 
 def with_declared(items: pa.Table) -> pa.Table:
     """Returns items with the column of their declared features."""
-    own = DECLARED.item_values(items)
-    return items.append_column("declared", pa.FixedSizeListArray.from_arrays(pa.array(own.reshape(-1)), own.shape[1]))
+    return with_lists(items, "declared", DECLARED.item_values(items))
 
 
 def _write(path: Path, table: pa.Table) -> None:

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 
 from features.catalog import Catalog
+from features.catalog_columns import with_lists
 from features.declarations import DeclaredFeature
 from features.declared import NONE_DECLARED, Declared
 from features.model_inputs import FEATURES
@@ -39,6 +40,7 @@ def table(items: list[dict[str, Any]]) -> pa.Table:
         ({"name": "a", "form": "value", "of": "item.prise"}, "of is 'item.prise', should be one of item.categories"),
         ({"name": "a", "form": "value", "of": "item.attributes."}, "of is 'item.attributes.'"),
         ({"name": "a", "form": "value", "of": "user.age"}, "of is 'user.age'"),
+        ({"name": "a", "form": "value", "of": "past.attributes.age"}, "of is 'past.attributes.age'"),
         ({"name": "a", "form": "value", "of": "item.price", "edges": [1]}, "value has no option edges"),
         ({"name": "a", "form": "value", "of": "item.price", "log": 1}, "log is 1, should be true or false"),
         ({"name": "a", "form": "bucket", "of": "item.price"}, "either values or edges"),
@@ -154,10 +156,7 @@ def test_an_item_that_is_put_has_its_declared_features() -> None:
     )
     items, vectors = table(SHOP), np.zeros((3, 2), np.float32)
     own = declared.item_values(items)
-    lists = pa.FixedSizeListArray.from_arrays(pa.array(own.reshape(-1)), own.shape[1])
-    catalog = Catalog(
-        items.append_column("declared", lists), Vocabulary.build(["a", "b", "c"]), vectors, declared=declared
-    )
+    catalog = Catalog(with_lists(items, "declared", own), Vocabulary.build(["a", "b", "c"]), vectors, declared=declared)
     np.testing.assert_array_equal(catalog.columns.declared, own)
     new = {"item_id": "d", "price": 0.1, "categories": ["red"], "attributes": {"stars": "2"}}
     rows = catalog.put([new, SHOP[1] | {"price": 3.0}], np.zeros((2, 2), np.float32), 1)

@@ -21,6 +21,7 @@ from features.action_rates import ActionRates
 from features.assemble import moment_at, ranker_features
 from features.bundle import open_bundle, publish
 from features.catalog import Catalog
+from features.catalog_columns import with_lists
 from features.errors import ExportError
 from features.model_inputs import ENCODER_FEATURES, ranker_names, ranker_width
 from features.transforms import (
@@ -165,13 +166,10 @@ def _write_items(loaded: LoadedRun, staging: Path) -> Catalog:
     items = loaded.items.combine_chunks()
     for name in ("popularity", "recent_popularity", "trained"):
         items = items.append_column(name, pa.array(getattr(loaded, name)))
-    flat = pa.array(np.ascontiguousarray(loaded.statistics, np.float32).reshape(-1))
-    width = loaded.statistics.shape[1]
-    items = items.append_column("statistics", pa.FixedSizeListArray.from_arrays(flat, width))
+    items = with_lists(items, "statistics", loaded.statistics)
     # Computed here and not when a service starts, which has a million items and seconds.
-    if (declared := loaded.declared.item_values(items)).shape[1]:
-        numbers = pa.array(np.ascontiguousarray(declared).reshape(-1))
-        items = items.append_column("declared", pa.FixedSizeListArray.from_arrays(numbers, declared.shape[1]))
+    if loaded.declared.item_width:
+        items = with_lists(items, "declared", loaded.declared.item_values(items))
     with pa.OSFile(str(staging / "items.arrow"), "wb") as sink, pa.ipc.new_file(sink, items.schema) as writer:
         writer.write_table(items)
     loaded.vocabulary.save(staging / "vocabulary.arrow")
